@@ -1,0 +1,32 @@
+"""The few functions and modules that spaces need beside torch and torch-geometric."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Zero(nn.Module):
+    """No connection: zeros of the input's shape. Simplification removes it wherever it is added to something."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def add(first: Tensor, *rest: Tensor) -> Tensor:
+    """Sum of one or more tensors of one shape."""
+    for other in rest:
+        first = first + other
+    return first
+
+
+def concat(*tensors: Tensor) -> Tensor:
+    """Tensors ``(..., c_i)`` side by side: ``(..., sum c_i)``."""
+    return torch.cat(tensors, dim=-1)
+
+
+def maximum(first: Tensor, *rest: Tensor) -> Tensor:
+    """Element-wise maximum of one or more tensors of one shape."""
+    for other in rest:
+        first = torch.maximum(first, other)
+    return first

@@ -1,0 +1,693 @@
+"""A search space is a graph, and only what its output reaches is a question.
+
+Nodes are operations, edges are tensors. An operation, any of its arguments, or the node that it reads from may be a
+:class:`Choice`. Deciding an architecture walks backwards from the output: a choice is asked when, and only when,
+something that the output depends on needs it. So depth is "which node the head reads from", a choice inside an option
+that was not taken is never asked, and conditions need no language of their own.
+
+One walk (:meth:`SearchSpace.decide`) serves sampling, Optuna's ``suggest_*``, decoding, mutation and enumeration.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import operator
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Union
+
+from nasgraph.errors import SpaceError, did_you_mean
+
+if TYPE_CHECKING:
+    import networkx
+    import torch
+
+Label = Union[str, int, float, bool, None]  # noqa: UP007 - used at run time on Python 3.10
+Pick = Callable[["Choice"], Label]
+
+TRIES = 1000  # draws before a constraint is called impossible
+
+
+class Expr:
+    """Arithmetic over choices: ``width * heads``, ``width // 2``. Its value is known once the choices are decided."""
+
+    def __add__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.add, self, other)
+
+    def __radd__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.add, other, self)
+
+    def __sub__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.sub, self, other)
+
+    def __rsub__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.sub, other, self)
+
+    def __mul__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.mul, self, other)
+
+    def __rmul__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.mul, other, self)
+
+    def __floordiv__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.floordiv, self, other)
+
+    def __rfloordiv__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.floordiv, other, self)
+
+    def __truediv__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.truediv, self, other)
+
+    def __rtruediv__(self, other: Any) -> Expr:
+        return _Arithmetic(operator.truediv, other, self)
+
+
+class _Arithmetic(Expr):
+    def __init__(self, function: Callable[[Any, Any], Any], left: Any, right: Any) -> None:
+        self.function, self.left, self.right = function, left, right
+
+    def __repr__(self) -> str:
+        return f"{self.function.__name__}({self.left!r}, {self.right!r})"
+
+
+class Choice(Expr):
+    """A named decision. Used in two places, it is one decision (a shared width, a repeated cell).
+
+    Args:
+        name: identifies the decision within its space.
+        options: a list, or a dict of label -> option. An option is a plain value, an :class:`Op`, or a node to read
+            from. Labels (the JSON form) default to the value itself, the operation's label or the node's name.
+        ordered: the options are numbers in their natural order; samplers may use that.
+
+    Raises: SpaceError: no options, two options of one label, or ``ordered`` options that do not ascend.
+    """
+
+    def __init__(
+        self, name: str, options: Sequence[Any] | Mapping[str, Any] | range, *, ordered: bool = False
+    ) -> None:
+        if isinstance(options, Mapping):
+            pairs = list(options.items())
+        else:
+            pairs = [(_label(option, name), option) for option in options]
+        if not pairs:
+            raise SpaceError(f"choice '{name}' has no options: give it at least one")
+        self.name = name
+        self.labels: tuple[Label, ...] = tuple(label for label, _ in pairs)
+        self.options: tuple[Any, ...] = tuple(option for _, option in pairs)
+        self.ordered = ordered
+        for label in self.labels:
+            if not isinstance(label, str | int | float | bool | None):
+                raise SpaceError(f"choice '{name}': the label {label!r} is not a plain value")
+            if self.labels.count(label) > 1:
+                raise SpaceError(f"choice '{name}' has two options labelled {label!r}: pass a dict of label -> option")
+        if ordered:
+            numbers = all(isinstance(option, int | float) for option in self.options)
+            if not numbers or any(b <= a for a, b in zip(self.options, self.options[1:], strict=False)):
+                raise SpaceError(f"choice '{name}' is ordered, so its options must be ascending numbers")
+
+    def option(self, label: Label) -> Any:
+        """The option behind ``label``. Raises: SpaceError: there is no such label."""
+        try:
+            return self.options[self.labels.index(label)]
+        except ValueError:
+            hint = did_you_mean(str(label), [str(known) for known in self.labels])
+            raise SpaceError(
+                f"choice '{self.name}' has no option {label!r}.{hint} Options: {', '.join(map(str, self.labels))}"
+            ) from None
+
+    def __repr__(self) -> str:
+        return f"Choice({self.name!r}, {list(self.labels)})"
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A tensor of the space: an input, or what an operation returns."""
+
+    name: str
+    index: int  # in order of declaration, which is a topological order
+    space: SearchSpace = field(repr=False)
+
+
+class Op:
+    """A call that makes a module: ``Op(GCNConv, out_channels=width)``.
+
+    Sizes of the inputs are left out: the builder knows them (``in_channels``, ``in_features``, ``num_features`` and the
+    like are filled in). An operation that takes fewer inputs than its node has reads the leading ones.
+
+    Args:
+        make: an ``nn.Module`` class, or a function that returns a module. Importable by name, so not a lambda.
+        label: how the option is called in a choice; default: the name of ``make``.
+        takes: how many of the node's inputs the module reads; default: what its ``forward`` accepts.
+        **kwargs: arguments of ``make``; choices, arithmetic over them and nested ``Op`` are allowed anywhere inside.
+    """
+
+    is_call = False
+
+    def __init__(
+        self, make: Callable[..., Any], *, label: str | None = None, takes: int | None = None, **kwargs: Any
+    ) -> None:
+        self.make, self.kwargs, self.takes = make, kwargs, takes
+        self.label = label or make_name(make).rpartition(".")[2]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.label}, {self.kwargs})"
+
+
+class Call(Op):
+    """A function of the tensors, without parameters: ``Call(torch.cat)``, ``Call(add)``.
+
+    It is traced: the model's code shows what the function does with its tensors.
+    """
+
+    is_call = True
+
+
+@dataclass(frozen=True)
+class ConcreteOp:
+    """An operation all of whose choices are decided. ``kwargs`` holds plain values and nested ``ConcreteOp``."""
+
+    make: Callable[..., Any]
+    kwargs: dict[str, Any]
+    label: str
+    is_call: bool = False
+    takes: int | None = None
+
+    @functools.cached_property
+    def signature(self) -> str:
+        """Text that is equal for two operations if and only if they make the same module."""
+        return make_name(self.make) + json.dumps(self.kwargs, sort_keys=True, default=_plain)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of a decided network and the names of what it reads."""
+
+    name: str
+    op: ConcreteOp
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A decided network: ``steps`` in topological order, only what ``output`` depends on."""
+
+    inputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of every network of a space.
+
+    ``example`` is a small tensor of the right form (a graph of 4 nodes, a batch of 2 images): the builder learns
+    shapes from it. ``dynamic`` names the axes whose length may change, e.g. ``{0: "nodes"}``.
+    """
+
+    name: str
+    example: torch.Tensor
+    dynamic: dict[int, str]
+
+
+class Architecture(Mapping[str, Label]):
+    """A frozen mapping from each *active* choice to the label of its option. A change gives a new one."""
+
+    __slots__ = ("_choices", "_hash")
+
+    def __init__(self, choices: Mapping[str, Label]) -> None:
+        self._choices = dict(choices)
+        self._hash = hash(frozenset(self._choices.items()))
+
+    def __getitem__(self, name: str) -> Label:
+        return self._choices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._choices)
+
+    def __len__(self) -> int:
+        return len(self._choices)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Architecture) and self._choices == other._choices
+
+    def __repr__(self) -> str:
+        return f"Architecture({', '.join(f'{name}={label}' for name, label in self._choices.items())})"
+
+    def to_json(self) -> str:
+        """One line of JSON, the choices sorted by name: equal architectures give equal text."""
+        return json.dumps(self._choices, sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Architecture:
+        """The architecture in ``text``. Raises: SpaceError: not a JSON object of plain values."""
+        try:
+            choices = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpaceError(f"not an architecture: {error}") from None
+        plain = isinstance(choices, dict) and all(isinstance(v, str | int | float | None) for v in choices.values())
+        if not plain:
+            raise SpaceError("not an architecture: a JSON object of choice -> label is needed")
+        return cls(choices)
+
+
+class SearchSpace:
+    """A graph of operations with choices. Declare it, then sample, enumerate, mutate and build from it.
+
+    Example::
+
+        space = SearchSpace("tiny")
+        x = space.input("x", torch.randn(4, 16), dynamic={0: "nodes"})
+        width = Choice("width", [8, 16], ordered=True)
+        first = space.add("first", Op(nn.Linear, out_features=width), x)
+        second = space.add("second", Op(nn.Linear, out_features=width), first)
+        space.output(space.add("head", Op(nn.Linear, out_features=3), Choice("depth", {"1": first, "2": second})))
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.inputs: dict[str, Input] = {}
+        self.choices: dict[str, Choice] = {}
+        self.constraints: dict[str, Callable[[Architecture], bool]] = {}
+        self._nodes: list[Node] = []
+        self._ops: dict[str, Op | Choice] = {}
+        self._sources: dict[str, tuple[Node | Choice, ...]] = {}
+        self._output: Node | Choice | None = None
+
+    # ---- declare ------------------------------------------------------------------------------------------------
+
+    def input(self, name: str, example: torch.Tensor, dynamic: Mapping[int, str] | None = None) -> Node:
+        """Declare an input; networks take the inputs in the order of declaration."""
+        node = self._new(name)
+        self.inputs[name] = Input(name, example, dict(dynamic or {}))
+        return node
+
+    def add(self, name: str, op: Op | Choice, *sources: Node | Choice) -> Node:
+        """Declare an operation called ``name`` that reads ``sources``, each a node or a choice of nodes.
+
+        Raises: SpaceError: a name used before, a source of another space, a choice of the wrong kind of option.
+        """
+        if not sources:
+            raise SpaceError(f"node '{name}' reads nothing: name at least one source")
+        for operation in self._options(op, Op, f"node '{name}': the operation"):
+            self._register(operation.kwargs, f"node '{name}'")
+        for source in sources:
+            self._check_source(source, name)
+        node = self._new(name)
+        self._ops[name], self._sources[name] = op, tuple(sources)
+        return node
+
+    def output(self, node: Node | Choice) -> None:
+        """Say which node, or choice of nodes, is the network's output."""
+        self._check_source(node, "output")
+        self._output = node
+
+    def constrain(self, name: str, holds: Callable[[Architecture], bool]) -> None:
+        """Keep only architectures for which ``holds(architecture)`` is true; ``name`` is what messages call it."""
+        if name in self.constraints:
+            raise SpaceError(f"constraint '{name}' is declared twice")
+        self.constraints[name] = holds
+
+    def _new(self, name: str) -> Node:
+        if not name.isidentifier():
+            raise SpaceError(f"node name '{name}' is not an identifier: it becomes an attribute of the model")
+        if name in self._ops or name in self.inputs:
+            raise SpaceError(f"node '{name}' is declared twice")
+        node = Node(name, len(self._nodes), self)
+        self._nodes.append(node)
+        return node
+
+    def _check_source(self, source: Node | Choice, name: str) -> None:
+        for node in self._options(source, Node, f"node '{name}': a source"):
+            if node.space is not self:
+                raise SpaceError(f"node '{name}' reads '{node.name}', which belongs to space '{node.space.name}'")
+
+    def _options(self, thing: Any, kind: type, what: str) -> list[Any]:
+        """All that ``thing`` (one of ``kind``, or nested choices of it) may become; registers the choices."""
+        if isinstance(thing, kind):
+            return [thing]
+        if isinstance(thing, Choice):
+            self._register(thing, what)
+            return [found for option in thing.options for found in self._options(option, kind, what)]
+        raise SpaceError(f"{what} must be a {kind.__name__} or a Choice of them, not {thing!r}")
+
+    def _register(self, thing: Any, what: str) -> None:
+        for choice in _choices_in(thing):
+            if self.choices.setdefault(choice.name, choice) is not choice:
+                raise SpaceError(f"{what}: choice '{choice.name}' is declared twice; use one Choice object for both")
+
+    # ---- the walk -----------------------------------------------------------------------------------------------
+
+    def _walk(self, pick: Pick) -> tuple[dict[str, Label], Graph]:
+        """Backwards from the output, asking ``pick`` for each choice when it is first needed."""
+        if self._output is None:
+            raise SpaceError(f"space '{self.name}' has no output: call space.output(node)")
+        decided: dict[str, Label] = {}
+
+        def value(thing: Any) -> Any:
+            if isinstance(thing, Choice):
+                if thing.name not in decided:
+                    decided[thing.name] = pick(thing)
+                return value(thing.option(decided[thing.name]))
+            if isinstance(thing, _Arithmetic):
+                return thing.function(value(thing.left), value(thing.right))
+            if isinstance(thing, Op):
+                return ConcreteOp(thing.make, value(thing.kwargs), thing.label, thing.is_call, thing.takes)
+            if isinstance(thing, dict):
+                return {key: value(item) for key, item in thing.items()}
+            if isinstance(thing, list | tuple):
+                return type(thing)(value(item) for item in thing)
+            return thing
+
+        output: Node = value(self._output)
+        reached = {output.index}
+        steps: list[Step] = []
+        # Sources are declared before what reads them, so every reader of a node has been met when its turn comes.
+        for node in reversed(self._nodes[: output.index + 1]):
+            if node.index in reached and node.name in self._ops:
+                op: ConcreteOp = value(self._ops[node.name])
+                sources: tuple[Node, ...] = value(self._sources[node.name][: _reads(op)])
+                reached.update(source.index for source in sources)
+                steps.append(Step(node.name, op, tuple(source.name for source in sources)))
+        return decided, Graph(tuple(self.inputs), tuple(reversed(steps)), output.name)
+
+    def decide(self, pick: Pick) -> Architecture:
+        """The architecture that ``pick(choice) -> label`` decides. Constraints are not checked here."""
+        return Architecture(self._walk(pick)[0])
+
+    def architecture(self, choices: Mapping[str, Label]) -> Architecture:
+        """The architecture that ``choices`` describes; labels of choices that it does not reach are dropped.
+
+        Raises: SpaceError: an unknown choice or label, or one that is needed and missing.
+        """
+        for name in choices:
+            if name not in self.choices:
+                raise SpaceError(f"space '{self.name}' has no choice '{name}'.{did_you_mean(name, self.choices)}")
+
+        def pick(choice: Choice) -> Label:
+            if choice.name not in choices:
+                raise SpaceError(f"the architecture does not decide '{choice.name}' of space '{self.name}'")
+            return choices[choice.name]
+
+        return self.decide(pick)
+
+    def resolve(self, architecture: Mapping[str, Label]) -> Graph:
+        """The network of an architecture: its operations with decided arguments, in topological order."""
+
+        def pick(choice: Choice) -> Label:
+            try:
+                return architecture[choice.name]
+            except KeyError:
+                raise SpaceError(
+                    f"the architecture does not decide '{choice.name}' of space '{self.name}'"
+                ) from None
+
+        return self._walk(pick)[1]
+
+    def key(self, architecture: Mapping[str, Label]) -> str:
+        """Canonical key: equal for two architectures if and only if they are the same network."""
+        from nasgraph.canonical import key
+
+        return key(self.resolve(architecture))
+
+    def violated(self, architecture: Architecture) -> list[str]:
+        """Names of the constraints that ``architecture`` does not meet."""
+        return [name for name, holds in self.constraints.items() if not holds(architecture)]
+
+    # ---- explore ------------------------------------------------------------------------------------------------
+
+    def sample(self, rng: random.Random) -> Architecture:
+        """A random architecture: each choice, when asked, uniform over its options; constraints by rejection."""
+        return self._accepted(lambda: self.decide(lambda choice: rng.choice(choice.labels)))
+
+    def mutate(self, architecture: Mapping[str, Label], rng: random.Random, changes: int = 1) -> Architecture:
+        """``changes`` active choices take another option; choices that become active are drawn at random."""
+        mutable = [name for name in architecture if len(self.choices[name].labels) > 1]
+        if not mutable:
+            raise SpaceError(f"nothing to mutate: no active choice of space '{self.name}' has a second option")
+
+        def draw() -> Architecture:
+            changed = rng.sample(mutable, min(changes, len(mutable)))
+
+            def pick(choice: Choice) -> Label:
+                if choice.name in changed:
+                    return rng.choice([label for label in choice.labels if label != architecture[choice.name]])
+                return architecture[choice.name] if choice.name in architecture else rng.choice(choice.labels)
+
+            return self.decide(pick)
+
+        return self._accepted(draw)
+
+    def crossover(
+        self, first: Mapping[str, Label], second: Mapping[str, Label], rng: random.Random
+    ) -> Architecture:
+        """Each choice from one of the parents that decide it, at random; from the space where neither does."""
+
+        def pick(choice: Choice) -> Label:
+            parents = [parent[choice.name] for parent in (first, second) if choice.name in parent]
+            return rng.choice(parents or choice.labels)
+
+        return self._accepted(lambda: self.decide(pick))
+
+    def neighbours(
+        self, architecture: Mapping[str, Label], rng: random.Random | None = None
+    ) -> Iterator[Architecture]:
+        """All architectures that differ in one active choice.
+
+        A choice that becomes active takes its first option, or a random one with ``rng``.
+        """
+        for name in architecture:
+            for other in self.choices[name].labels:
+                if other == architecture[name]:
+                    continue
+                changed = {**architecture, name: other}
+
+                def pick(choice: Choice, changed: Mapping[str, Label] = changed) -> Label:
+                    if choice.name in changed:
+                        return changed[choice.name]
+                    return rng.choice(choice.labels) if rng else choice.labels[0]
+
+                found = self.decide(pick)
+                if not self.violated(found):
+                    yield found
+
+    def enumerate(self) -> Iterator[Architecture]:
+        """Every architecture that meets the constraints, each once, in the order of the options."""
+        path: list[int] = []
+        while True:
+            trace: list[tuple[int, int]] = []  # (position taken, number of options) of each choice asked
+
+            def pick(choice: Choice, trace: list[tuple[int, int]] = trace, path: list[int] = path) -> Label:
+                position = path[len(trace)] if len(trace) < len(path) else 0
+                trace.append((position, len(choice.labels)))
+                return choice.labels[position]
+
+            found = self.decide(pick)
+            if not self.violated(found):
+                yield found
+            while trace and trace[-1][0] == trace[-1][1] - 1:
+                trace.pop()
+            if not trace:
+                return
+            path = [position for position, _ in trace]
+            path[-1] += 1
+
+    def size(self, limit: int = 1_000_000) -> int:
+        """How many architectures there are before constraints, exactly, without enumerating them.
+
+        One pass backwards over the nodes. Partial decisions are merged when they reach the same nodes and agree on
+        every choice that a node further back mentions.
+
+        Raises: SpaceError: more than ``limit`` partial decisions would have to be kept apart.
+        """
+        if self._output is None:
+            raise SpaceError(f"space '{self.name}' has no output: call space.output(node)")
+        mentions: list[set[str]] = [set()]  # choices that node i or one before it may ask
+        for node in self._nodes:
+            here = (self._ops.get(node.name), self._sources.get(node.name))
+            mentions.append(mentions[-1] | {choice.name for choice in _choices_in(here)})
+        states: Counter[tuple[frozenset[int], frozenset[tuple[str, Label]]]] = Counter()
+        for decided, node in _expand(self._output, {}):
+            kept = frozenset(item for item in decided.items() if item[0] in mentions[-1])
+            states[frozenset([node.index]), kept] += 1
+        for node in reversed(self._nodes):
+            if node.name not in self._ops:
+                continue
+            after: Counter[tuple[frozenset[int], frozenset[tuple[str, Label]]]] = Counter()
+            for (reached, known), count in states.items():
+                if node.index not in reached:
+                    kept = frozenset(item for item in known if item[0] in mentions[node.index])
+                    after[reached, kept] += count
+                    continue
+                for with_op, op in _expand(self._ops[node.name], dict(known)):
+                    for decided, sources in _expand(self._sources[node.name][: _reads(op)], with_op):
+                        kept = frozenset(item for item in decided.items() if item[0] in mentions[node.index])
+                        after[reached - {node.index} | {source.index for source in sources}, kept] += count
+                if len(after) > limit:
+                    raise SpaceError(f"space '{self.name}' is too entangled to be counted exactly")
+            states = after
+        return sum(states.values())
+
+    def _accepted(self, draw: Callable[[], Architecture]) -> Architecture:
+        blame: Counter[str] = Counter()
+        for _ in range(TRIES):
+            found = draw()
+            violated = self.violated(found)
+            if not violated:
+                return found
+            blame.update(violated)
+        raise SpaceError(
+            f"no architecture of space '{self.name}' met the constraint '{blame.most_common(1)[0][0]}' in {TRIES} draws: "
+            "loosen it, or build it into the graph"
+        )
+
+    # ---- describe -----------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """The declaration as plain values: inputs, nodes, choices, constraints, output. Basis of the fingerprint."""
+        return {
+            "name": self.name,
+            "inputs": {i.name: [list(i.example.shape), str(i.example.dtype), i.dynamic] for i in self.inputs.values()},
+            "choices": {
+                name: {"labels": list(choice.labels), "ordered": choice.ordered, "options": _plain(choice.options)}
+                for name, choice in sorted(self.choices.items())
+            },
+            "nodes": {name: [_plain(op), _plain(self._sources[name])] for name, op in self._ops.items()},
+            "constraints": sorted(self.constraints),
+            "output": _plain(self._output),
+        }
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the declaration. A constraint counts by its name: its code is not looked at."""
+        return hashlib.sha256(json.dumps(self.describe(), sort_keys=True, default=str).encode()).hexdigest()
+
+    def graph(self) -> networkx.MultiDiGraph:
+        """All nodes and possible edges, for drawing and checks.
+
+        Node attributes: ``kind`` (input, op), ``op`` (label, or the labels of the options), ``output`` (bool).
+        Edge attributes: ``position`` (which argument), ``choice`` (name of the choice that takes it, or None).
+        """
+        import networkx
+
+        graph = networkx.MultiDiGraph(name=self.name)
+        outputs = set() if self._output is None else {n.name for n in self._options(self._output, Node, "output")}
+        for node in self._nodes:
+            op = self._ops.get(node.name)
+            text = "" if op is None else op.label if isinstance(op, Op) else " | ".join(map(str, op.labels))
+            kind = "input" if op is None else "op"
+            graph.add_node(node.name, kind=kind, op=text, output=node.name in outputs)
+            for position, source in enumerate(self._sources.get(node.name, ())):
+                choice = source.name if isinstance(source, Choice) else None
+                for read in self._options(source, Node, f"node '{node.name}'"):
+                    graph.add_edge(read.name, node.name, position=position, choice=choice)
+        return graph
+
+    def __repr__(self) -> str:
+        return f"SearchSpace({self.name!r}, {len(self._ops)} nodes, {len(self.choices)} choices)"
+
+
+def make_name(make: Callable[..., Any]) -> str:
+    """``package.QualifiedName`` of what makes a module: stable when a library moves a class between its files.
+
+    Raises: SpaceError: a lambda, or something else without a name.
+    """
+    if isinstance(make, functools.partial):
+        return f"{make_name(make.func)}<{json.dumps([make.args, make.keywords], sort_keys=True, default=_plain)}>"
+    name = getattr(make, "__qualname__", None) or getattr(make, "__name__", None)
+    if name is None or "<lambda>" in name:
+        raise SpaceError(f"{make!r} has no name: use a class or a function defined with def")
+    module = getattr(make, "__module__", None) or "builtins"
+    return f"{module.partition('.')[0].lstrip('_')}.{name}"
+
+
+@functools.lru_cache(maxsize=4096)
+def _accepts(make: Callable[..., Any]) -> int | None:
+    """How many positional inputs the module of class ``make`` takes; None: any number, or not known."""
+    import inspect
+
+    forward = getattr(make, "forward", None) if inspect.isclass(make) else None
+    if forward is None:
+        return None
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return None
+    return sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters)
+
+
+def _reads(op: ConcreteOp) -> int | None:
+    """How many of its node's sources the operation reads (None: all)."""
+    return op.takes if op.takes is not None or op.is_call else _accepts(op.make)
+
+
+def _label(option: Any, choice: str) -> Label:
+    if isinstance(option, Op):
+        return option.label
+    if isinstance(option, Node):
+        return option.name
+    if isinstance(option, str | int | float | bool | None):
+        return option
+    raise SpaceError(f"choice '{choice}': option {option!r} has no natural label; pass a dict of label -> option")
+
+
+def _choices_in(thing: Any) -> Iterator[Choice]:
+    if isinstance(thing, Choice):
+        yield thing
+        yield from _choices_in(thing.options)
+    elif isinstance(thing, _Arithmetic):
+        yield from _choices_in((thing.left, thing.right))
+    elif isinstance(thing, Op):
+        yield from _choices_in(thing.kwargs)
+    elif isinstance(thing, dict):
+        yield from _choices_in(tuple(thing.values()))
+    elif isinstance(thing, list | tuple):
+        for item in thing:
+            yield from _choices_in(item)
+
+
+def _expand(thing: Any, decided: Mapping[str, Label]) -> Iterator[tuple[dict[str, Label], Any]]:
+    """Every way to decide the open choices in ``thing``: what is then decided, and ``thing`` with them in place."""
+    if isinstance(thing, Choice):
+        for label in (decided[thing.name],) if thing.name in decided else thing.labels:
+            yield from _expand(thing.option(label), {**decided, thing.name: label})
+    elif isinstance(thing, Op):
+        for after, _ in _expand(tuple(thing.kwargs.values()), decided):
+            yield after, ConcreteOp(thing.make, {}, thing.label, thing.is_call, thing.takes)
+    elif isinstance(thing, _Arithmetic):
+        for after, _ in _expand((thing.left, thing.right), decided):
+            yield after, None
+    elif isinstance(thing, dict):
+        yield from _expand(tuple(thing.values()), decided)
+    elif isinstance(thing, list | tuple):
+        if not thing:
+            yield dict(decided), ()
+            return
+        for after, head in _expand(thing[0], decided):
+            for last, tail in _expand(thing[1:], after):
+                yield last, (head, *tail)
+    else:
+        yield dict(decided), thing
+
+
+def _plain(thing: Any) -> Any:
+    """``thing`` as JSON values, choices by their name."""
+    if isinstance(thing, Choice):
+        return {"choice": thing.name}
+    if isinstance(thing, Node):
+        return {"node": thing.name}
+    if isinstance(thing, Op | ConcreteOp):
+        return {"op": make_name(thing.make), "kwargs": _plain(thing.kwargs)}
+    if isinstance(thing, _Arithmetic):
+        return {thing.function.__name__: [_plain(thing.left), _plain(thing.right)]}
+    if isinstance(thing, dict):
+        return {str(key): _plain(item) for key, item in thing.items()}
+    if isinstance(thing, list | tuple):
+        return [_plain(item) for item in thing]
+    if isinstance(thing, str | int | float | bool | None):
+        return thing
+    return make_name(thing) if callable(thing) else repr(thing)
