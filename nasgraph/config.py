@@ -1,0 +1,198 @@
+"""The YAML of a search: its keys, their types and defaults. Config dies at the command line: functions take values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from nasgraph import registry
+from nasgraph.errors import ConfigError, did_you_mean
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Plugin(BaseModel):
+    """A plug-in by name with its arguments: ``gnn_node`` or ``{name: gnn_node, layers: 4}``."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Train(_Keys):
+    """How one candidate is trained."""
+
+    epochs: int = Field(200, ge=1, description="most epochs of one training")
+    lr: float = Field(0.01, gt=0, description="learning rate")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
+    patience: int = Field(50, ge=1, description="epochs without a better validation result before stopping")
+    optimizer: str = Field("adam", description="adam, adamw or sgd")
+    max_seconds: float | None = Field(None, gt=0, description="stop one training after this long")
+
+
+class Screen(_Keys):
+    """Tier 1: score many untrained candidates, keep the best for the study."""
+
+    candidates: int = Field(200, ge=1, description="how many random candidates are scored")
+    proxies: list[str] = Field(["ntk_cond"], description="training-free scores; params and flops always stand beside")
+    rank_by: list[str] | None = Field(None, description="proxies whose ranks are summed; default: the first")
+    keep: int = Field(16, ge=0, description="how many of the best go to the study first")
+    samples: int = Field(32, ge=2, description="labelled training samples that a proxy sees")
+
+
+class Search(_Keys):
+    """Tier 2: the Optuna study."""
+
+    sampler: Plugin = Field(Plugin(name="nsga2"), description="random, tpe, nsga2, gp or module:Class of Optuna's kind")
+    trials: int = Field(60, ge=1, description="how many candidates are trained")
+    baseline: bool = Field(True, description="also run a random search of equal budget, to stand beside")
+    workers: int = Field(0, ge=0, description="child processes; 0: in this process")
+    ray: bool = Field(False, description="run the workers as Ray actors (local, or the cluster of RAY_ADDRESS)")
+    gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU that Ray gives each worker")
+    timeout_s: float | None = Field(600, gt=0, description="longest time for one candidate (child processes, Ray)")
+    memory_gb: float | None = Field(None, gt=0, description="most memory of one candidate (child processes)")
+
+
+class Final(_Keys):
+    """What happens to the Pareto front: retrained from fresh seeds, tested once, exported."""
+
+    top: int = Field(5, ge=1, description="most models to export; the best of the first objective is always there")
+    seeds: int = Field(3, ge=1, description="trainings per model; the best on validation is exported")
+
+
+class Config(_Keys):
+    """One search."""
+
+    space: Plugin
+    task: Plugin
+    objectives: list[str] = Field(["val_accuracy", "params"], min_length=1)
+    limits: dict[str, float] = Field({}, description="upper bounds (lower, if maximised) on objectives")
+    train: Train = Train()  # type: ignore[call-arg]
+    seeds: list[int] = Field([0], min_length=1, description="seeds whose validation results are averaged per candidate")
+    screen: Screen | None = None
+    search: Search = Search()  # type: ignore[call-arg]
+    final: Final = Final()  # type: ignore[call-arg]
+    export: list[str] = ["code", "safetensors", "torch-export", "onnx"]
+    seed: int = Field(0, ge=0, description="seed of the search itself")
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
+    threads: int = Field(1, ge=1, description="torch threads per worker: more than the cores allow is far slower")
+    data_root: str | None = Field(None, description="folder with graphs/; default: NASGRAPH_DATA, else a download")
+
+    @field_validator("objectives", "seeds")
+    @classmethod
+    def _distinct(cls, value: list[Any]) -> list[Any]:
+        if len(set(value)) != len(value):
+            raise ValueError("named twice")
+        return value
+
+    @model_validator(mode="after")
+    def _known_names(self) -> Config:
+        for kind, names in (
+            ("spaces", [self.space.name]),
+            ("tasks", [self.task.name]),
+            ("objectives", self.objectives),
+            ("samplers", [self.search.sampler.name]),
+            ("exporters", self.export),
+            ("proxies", self.screen.proxies if self.screen else []),
+        ):
+            for name in names:
+                registry.check(kind, name)
+        for name in self.limits:
+            if name not in self.objectives:
+                raise ConfigError(f"limits: '{name}' is not an objective.{did_you_mean(name, self.objectives)}")
+        for name in (self.screen and self.screen.rank_by) or []:
+            if self.screen and name not in self.screen.proxies:
+                raise ConfigError(f"screen.rank_by: '{name}' is not in screen.proxies")
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config, apply ``key.sub=value`` overrides, check it.
+
+    Raises: ConfigError: the file or a key is wrong; the message names it and the way out.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config {path}.{_nearby(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a mapping of keys is needed (space, task, ...)")
+    for override in overrides:
+        _override(values, override)
+    return parse(values, str(path))
+
+
+def parse(values: Mapping[str, Any], where: str = "config") -> Config:
+    """The config in ``values``. Raises: ConfigError: a wrong key or value, named with its path."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_first(error)}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """One line for the first thing that is wrong, and how many more there are."""
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _fields(location[:-1])
+        text = f"unknown key '{key}'.{did_you_mean(location[-1], known)} Known: {', '.join(known)}"
+    elif first["type"] == "missing":
+        text = f"'{key}' is missing"
+    else:
+        message = first["msg"].removeprefix("Value error, ")
+        text = f"'{key}': {message[0].lower() + message[1:]}, got {first['input']!r}"
+    more = len(error.errors()) - 1
+    return text + (f" (and {more} more)" if more else "")
+
+
+def _fields(location: Sequence[str]) -> list[str]:
+    sections: dict[str, type[BaseModel]] = {"train": Train, "screen": Screen, "search": Search, "final": Final}
+    model: type[BaseModel] = Config
+    for part in location:
+        model = sections.get(part, model)
+    return list(model.model_fields)
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {override}: write key=value, e.g. --set search.trials=100")
+    *parents, last = key.split(".")
+    inner = values
+    for parent in parents:
+        found = inner.get(parent)
+        inner[parent] = {"name": found} if isinstance(found, str) else found if isinstance(found, dict) else {}
+        inner = inner[parent]
+    inner[last] = yaml.safe_load(text)
+
+
+def _nearby(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path("configs")
+    known = [str(found) for found in folder.glob("*.yaml")] if folder.is_dir() else []
+    return did_you_mean(str(path), known) or (f" There are: {', '.join(sorted(known))}" if known else "")
