@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -139,9 +140,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a mapping of keys is needed (space, task, ...)")
-    for override in overrides:
-        _override(values, override)
-    return parse(values, str(path))
+    return parse(override(values, overrides), str(path))
 
 
 def parse(values: Mapping[str, Any], where: str = "config") -> Config:
@@ -179,17 +178,24 @@ def _fields(location: Sequence[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {override}: write key=value, e.g. --set search.trials=100")
-    *parents, last = key.split(".")
-    inner = values
-    for parent in parents:
-        found = inner.get(parent)
-        inner[parent] = {"name": found} if isinstance(found, str) else found if isinstance(found, dict) else {}
-        inner = inner[parent]
-    inner[last] = yaml.safe_load(text)
+def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``values`` with ``key.sub=value`` overrides applied, each value read as YAML.
+
+    Raises: ConfigError: an override that is not of that form.
+    """
+    changed = copy.deepcopy(dict(values))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {text}: write key=value, e.g. --set search.trials=100")
+        *parents, last = key.split(".")
+        inner = changed
+        for parent in parents:
+            found = inner.get(parent)
+            inner[parent] = {"name": found} if isinstance(found, str) else found if isinstance(found, dict) else {}
+            inner = inner[parent]
+        inner[last] = yaml.safe_load(value)
+    return changed
 
 
 def _nearby(path: Path) -> str:

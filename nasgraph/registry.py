@@ -8,8 +8,10 @@ So the engine imports none of them, and nothing is imported before it is asked f
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
+from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -57,9 +59,38 @@ def resolve(kind: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             raise ConfigError(f"'{name}': {module_name} needs {error.name}, which is not installed") from error
-        raise ConfigError(f"'{name}': there is no module {module_name} (looked in {os.getcwd()} and sys.path)") from error
+        raise ConfigError(
+            f"'{name}': there is no module {module_name} (looked in {os.getcwd()} and sys.path)"
+        ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise ConfigError(f"'{name}': module {module_name} has no {attribute}.{did_you_mean(part, vars(found))}")
         found = getattr(found, part)
     return found
+
+
+def make(kind: str, name: str, arguments: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Any:
+    """Call the plug-in ``name`` with ``arguments``, and with those of ``offered`` that it has a parameter for.
+
+    Raises: ConfigError: an argument that it does not have, or one that it needs and does not get.
+    """
+    function = resolve(kind, name)
+    if not callable(function):
+        raise ConfigError(f"'{name}' is a {type(function).__name__}; a function or class that makes one is needed")
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    what = kind[:-3] + "y" if kind == "proxies" else kind[:-1]
+    for argument in arguments:
+        if argument not in parameters and not takes_any:
+            known = ", ".join(parameters) or "none"
+            hint = did_you_mean(argument, parameters)
+            raise ConfigError(f"{what} '{name}' has no argument '{argument}'.{hint} It has: {known}")
+    given = {key: value for key, value in (offered or {}).items() if key in parameters} | dict(arguments)
+    for parameter in parameters.values():
+        needed = parameter.default is parameter.empty and parameter.kind in (
+            parameter.POSITIONAL_OR_KEYWORD,
+            parameter.KEYWORD_ONLY,
+        )
+        if needed and parameter.name not in given:
+            raise ConfigError(f"{what} '{name}' needs the argument '{parameter.name}'")
+    return function(**given)

@@ -1,0 +1,55 @@
+"""``nasgraph spaces``: the list of spaces, or one described: its choices, its size, its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from nasgraph import config, registry
+from nasgraph.errors import NasgraphError, SpaceError
+from nasgraph.space import SearchSpace
+
+# Sizes of a task, for describing a space without one: those of scikit-learn's digits.
+SIZES = {"features": 64, "classes": 10}
+
+
+def listing() -> int:
+    """Print the installed spaces, one line each."""
+    table = Table("space", "what it is")
+    for name in registry.names("spaces"):
+        documentation = registry.resolve("spaces", name).__doc__ or ""
+        table.add_row(name, documentation.strip().partition("\n")[0])
+    Console().print(table)
+    Console().print("Describe one:  nasgraph spaces NAME      Your own:  nasgraph spaces module:function")
+    return 0
+
+
+def show(name: str, overrides: Sequence[str], picture: Path | None) -> int:
+    """Print a space's choices and size, and write its picture (SVG)."""
+    from nasgraph.draw import draw_space
+
+    arguments = config.override({}, overrides)
+    space: SearchSpace = registry.make("spaces", name, arguments, SIZES)
+    console = Console()
+    documentation = registry.resolve("spaces", name).__doc__ or ""
+    console.print(f"[bold]{space.name}[/bold]: {documentation.strip().partition(chr(10))[0]}", highlight=False)
+    table = Table("choice", "options", "ordered")
+    for choice in space.choices.values():
+        table.add_row(choice.name, ", ".join(map(str, choice.labels)), "yes" if choice.ordered else "")
+    console.print(table)
+    for constraint in space.constraints:
+        console.print(f"constraint: {constraint}")
+    try:
+        console.print(f"{space.size():,} architectures" + (" before constraints" if space.constraints else ""))
+    except SpaceError as error:
+        console.print(str(error))
+    target = picture or Path(f"{space.name}.svg")
+    try:
+        target.write_text(draw_space(space), encoding="utf-8")
+    except OSError as error:
+        raise NasgraphError(f"cannot write {target}: {error.strerror}; name another file with --draw") from None
+    console.print(f"picture: {target}")
+    return 0
