@@ -15,6 +15,7 @@ import hashlib
 import json
 import operator
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,7 @@ class Choice(Expr):
     def __init__(
         self, name: str, options: Sequence[Any] | Mapping[str, Any] | range, *, ordered: bool = False
     ) -> None:
+        pairs: list[tuple[Label, Any]]
         if isinstance(options, Mapping):
             pairs = list(options.items())
         else:
@@ -542,8 +544,9 @@ class SearchSpace:
             if not violated:
                 return found
             blame.update(violated)
+        worst = blame.most_common(1)[0][0]
         raise SpaceError(
-            f"no architecture of space '{self.name}' met the constraint '{blame.most_common(1)[0][0]}' in {TRIES} draws: "
+            f"no architecture of space '{self.name}' met the constraint '{worst}' in {TRIES} draws: "
             "loosen it, or build it into the graph"
         )
 
@@ -593,7 +596,9 @@ class SearchSpace:
 
 
 def make_name(make: Callable[..., Any]) -> str:
-    """``package.QualifiedName`` of what makes a module: stable when a library moves a class between its files.
+    """The shortest dotted name that finds ``make``: ``torch.nn.Linear``, not ``torch.nn.modules.linear.Linear``.
+
+    So two classes never share a name, and the name stays when a library moves a class between its files.
 
     Raises: SpaceError: a lambda, or something else without a name.
     """
@@ -602,8 +607,19 @@ def make_name(make: Callable[..., Any]) -> str:
     name = getattr(make, "__qualname__", None) or getattr(make, "__name__", None)
     if name is None or "<lambda>" in name:
         raise SpaceError(f"{make!r} has no name: use a class or a function defined with def")
+    return _shortest_name(make, name)
+
+
+@functools.lru_cache(maxsize=4096)
+def _shortest_name(make: Callable[..., Any], qualname: str) -> str:
     module = getattr(make, "__module__", None) or "builtins"
-    return f"{module.partition('.')[0].lstrip('_')}.{name}"
+    parts = module.split(".")
+    for length in range(1, len(parts) + 1):
+        package = ".".join(parts[:length])
+        for name in (qualname, qualname.rpartition(".")[2]):
+            if getattr(sys.modules.get(package), name, None) is make:
+                return f"{package}.{name}"
+    return f"{module}.{qualname}"
 
 
 @functools.lru_cache(maxsize=4096)

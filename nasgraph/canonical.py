@@ -1,0 +1,401 @@
+"""Which networks are the same: :func:`simplify` removes what cannot matter, :func:`key` names what is left.
+
+Two networks are the same if every setting of their parameters gives the same function, up to the order in which a sum
+is rounded. ``docs/canonical_key.md`` has the rules, and what they give on NAS-Bench-201.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from nasgraph.space import ConcreteOp, Graph, Step, make_name
+
+KEY_VERSION = "k1"
+
+
+# ---- what is known about an operation ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What simplification may assume. A user's operation declares one by an attribute: ``MyScale.keeps_zero = True``.
+
+    identity: returns its first source. zero: returns zeros of its first source's shape. keeps_zero: returns zeros if
+    its first source (a Call: all of them) is zero, whatever its parameters become. keeps_shape: the result has the
+    first source's shape (a Call: all sources have the result's shape). pure: no parameters, no randomness; the same
+    sources give the same result. commutative: the order of the sources does not matter. associative: ``f(f(a, b), c)``
+    is ``f(a, b, c)``, and ``f(a)`` is ``a``. drops_zero: a source that is zero may be left out.
+    """
+
+    identity: bool = False
+    zero: bool = False
+    keeps_zero: bool = False
+    keeps_shape: bool = False
+    pure: bool = False
+    commutative: bool = False
+    associative: bool = False
+    drops_zero: bool = False
+
+
+Rule = Callable[[Mapping[str, Any]], Traits]
+NOTHING = Traits()
+_NAMES = tuple(field.name for field in fields(Traits))
+
+
+def _always(traits: Traits) -> Rule:
+    return lambda kwargs: traits
+
+
+def _without(argument: str, traits: Traits) -> Rule:
+    """An operation that keeps zero only where ``argument`` (true by default) is false."""
+    return lambda kwargs: replace(traits, keeps_zero=not kwargs.get(argument, True))
+
+
+def _dropout(kwargs: Mapping[str, Any]) -> Traits:
+    return Traits(identity=kwargs.get("p", 0.5) == 0, keeps_zero=True, keeps_shape=True)
+
+
+def _layer_norm(kwargs: Mapping[str, Any]) -> Traits:
+    shifts = kwargs.get("elementwise_affine", True) and kwargs.get("bias", True)
+    return Traits(keeps_shape=True, keeps_zero=not shifts)
+
+
+ACTIVATIONS = (
+    *("ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "CELU", "GELU", "SiLU", "Mish"),
+    *("Tanh", "Hardswish", "Softsign", "Tanhshrink"),
+)
+
+
+def _table() -> dict[str, Rule]:
+    activation = _always(Traits(keeps_zero=True, keeps_shape=True, pure=True))
+    squash = _always(Traits(keeps_shape=True, pure=True))
+    pool = _always(Traits(keeps_zero=True, pure=True))
+    rules: dict[str, Rule] = {
+        "nasgraph.ops.Zero": _always(Traits(zero=True, keeps_zero=True, keeps_shape=True, pure=True)),
+        "nasgraph.ops.add": _always(
+            Traits(keeps_zero=True, keeps_shape=True, pure=True, commutative=True, associative=True, drops_zero=True)
+        ),
+        "nasgraph.ops.maximum": _always(
+            Traits(keeps_zero=True, keeps_shape=True, pure=True, commutative=True, associative=True)
+        ),
+        "nasgraph.ops.concat": _always(Traits(keeps_zero=True, pure=True, associative=True)),
+        "torch.nn.Identity": _always(Traits(identity=True, keeps_zero=True, keeps_shape=True, pure=True)),
+        "torch.nn.PReLU": _always(Traits(keeps_zero=True, keeps_shape=True)),
+        "torch.nn.RMSNorm": _always(Traits(keeps_zero=True, keeps_shape=True)),
+        "torch.nn.LayerNorm": _layer_norm,
+        "torch.nn.GroupNorm": _without("affine", Traits(keeps_shape=True)),
+    }
+    for name in ACTIVATIONS:
+        rules[f"torch.nn.{name}"] = activation
+    for name in ("Sigmoid", "Hardsigmoid", "LogSigmoid", "Softplus", "Softmax", "LogSoftmax"):
+        rules[f"torch.nn.{name}"] = squash
+    for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"):
+        rules[f"torch.nn.{name}"] = _dropout
+    for axes in ("1d", "2d", "3d"):
+        for name in ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool"):
+            rules[f"torch.nn.{name}{axes}"] = pool
+        rules[f"torch.nn.BatchNorm{axes}"] = _without("affine", Traits(keeps_shape=True))
+        rules[f"torch.nn.Conv{axes}"] = rules[f"torch.nn.ConvTranspose{axes}"] = _without("bias", NOTHING)
+    rules["torch.nn.Linear"] = _without("bias", NOTHING)
+    for name in ("Linear", "GCNConv", "GraphConv", "SAGEConv", "GATConv", "GATv2Conv"):
+        rules[f"torch_geometric.nn.{name}"] = _without("bias", NOTHING)
+    for name in ("BatchNorm", "LayerNorm", "GraphNorm"):
+        rules[f"torch_geometric.nn.{name}"] = _always(Traits(keeps_shape=True))
+    for name in ("torch.add", "torch.mul", "torch.maximum", "torch.minimum", "_operator.add", "_operator.mul"):
+        rules[name] = lambda kwargs: Traits(pure=not kwargs, commutative=not kwargs)
+    return rules
+
+
+TABLE = _table()
+
+
+def traits(op: ConcreteOp) -> Traits:
+    """What is known about ``op``: its own declaration (not one that it inherits), else the table's, else nothing."""
+    declared = {name: True for name in _NAMES if getattr(op.make, "__dict__", {}).get(name) is True}
+    if declared:
+        return Traits(**declared)
+    if op.kwargs.get("inplace"):
+        return NOTHING
+    rule = TABLE.get(make_name(op.make))
+    return rule(op.kwargs) if rule else NOTHING
+
+
+# ---- simplification ---------------------------------------------------------------------------------------------
+
+
+def simplify(graph: Graph) -> Graph:
+    """``graph`` without what cannot change its output. Steps that stay keep their names.
+
+    Removed are identities, zeros that are added to something, steps that compute a known zero, second copies of a
+    parameter-free step, sums inside sums where nobody else reads them, and what the output does not depend on.
+    A zero that something needs is one ``Zero`` step, reading the earliest tensor known to have its shape.
+    """
+    while True:
+        graph, flattened = _flatten(_reachable(_propagate(graph)))
+        if not flattened:
+            return graph
+
+
+def _propagate(graph: Graph) -> Graph:
+    known = {step.name: traits(step.op) for step in graph.steps}
+    shape = _Shapes(graph, known) if any(facts.zero for facts in known.values()) else None
+    stands_for: dict[str, str] = {name: name for name in graph.inputs}
+    zeros: set[str] = set()
+    done: dict[tuple[str, tuple[str, ...]], str] = {}
+    steps: list[Step] = []
+    for step in graph.steps:
+        facts = known[step.name]
+        sources = tuple(stands_for[name] for name in step.sources)
+        if facts.drops_zero:
+            sources = tuple(name for name in sources if name not in zeros) or sources[:1]
+        if facts.identity or (facts.associative and len(sources) == 1):
+            stands_for[step.name] = sources[0]
+            continue
+        read = sources if step.op.is_call else sources[:1]
+        if facts.zero or (facts.keeps_zero and all(name in zeros for name in read)):
+            zeros.add(step.name)
+            if facts.keeps_shape and sources[0] in zeros:
+                stands_for[step.name] = sources[0]
+                continue
+        if facts.zero and shape is not None:
+            sources = (stands_for[shape.earliest(step.name)],)
+        if facts.pure:
+            ordered = tuple(sorted(sources)) if facts.commutative else sources
+            twin = done.setdefault((step.op.signature, ordered), step.name)
+            if twin != step.name:
+                stands_for[step.name] = twin
+                continue
+        stands_for[step.name] = step.name
+        steps.append(Step(step.name, step.op, sources))
+    return Graph(graph.inputs, tuple(steps), stands_for[graph.output])
+
+
+class _Shapes:
+    """Which tensors are known to have one shape, and the earliest of them: an input, else what depends on least."""
+
+    def __init__(self, graph: Graph, known: Mapping[str, Traits]) -> None:
+        self.parent = {name: name for name in (*graph.inputs, *(step.name for step in graph.steps))}
+        self.rank: dict[str, tuple[int, str]] = {name: (0, f"{i:04}") for i, name in enumerate(graph.inputs)}
+        behind: dict[str, frozenset[str]] = {name: frozenset() for name in graph.inputs}
+        for step in graph.steps:
+            facts = known[step.name]
+            behind[step.name] = frozenset({step.name}).union(*(behind[name] for name in step.sources))
+            below = [self.rank[name][1] for name in step.sources]
+            text = json.dumps([step.op.signature, sorted(below) if facts.commutative else below])
+            self.rank[step.name] = (len(behind[step.name]), hashlib.sha256(text.encode()).hexdigest())
+            if facts.keeps_shape or facts.identity:
+                for name in step.sources if step.op.is_call else step.sources[:1]:
+                    self.parent[self.root(name)] = self.root(step.name)
+        self.first: dict[str, str] = {}
+        for name in sorted(self.parent, key=lambda name: self.rank[name]):
+            self.first.setdefault(self.root(name), name)
+
+    def root(self, name: str) -> str:
+        while self.parent[name] != name:
+            name = self.parent[name]
+        return name
+
+    def earliest(self, name: str) -> str:
+        return self.first[self.root(name)]
+
+
+def _reachable(graph: Graph) -> Graph:
+    reached = {graph.output}
+    steps: list[Step] = []
+    for step in reversed(graph.steps):
+        if step.name in reached:
+            reached.update(step.sources)
+            steps.append(step)
+    return Graph(graph.inputs, tuple(reversed(steps)), graph.output)
+
+
+def _flatten(graph: Graph) -> tuple[Graph, bool]:
+    """Sums (and the like) of sums that have one reader become one sum. Also says whether there were any."""
+    readers = Counter(name for step in graph.steps for name in step.sources)
+    readers[graph.output] += 1
+    inner: dict[str, Step] = {}
+    steps: dict[str, Step] = {}
+    for step in graph.steps:
+        if traits(step.op).associative:
+            sources: list[str] = []
+            for name in step.sources:
+                part = inner.get(name)
+                if part is not None and readers[name] == 1 and part.op.signature == step.op.signature:
+                    sources.extend(part.sources)
+                    del steps[name]
+                else:
+                    sources.append(name)
+            step = inner[step.name] = Step(step.name, step.op, tuple(sources))
+        steps[step.name] = step
+    return Graph(graph.inputs, tuple(steps.values()), graph.output), len(steps) < len(graph.steps)
+
+
+# ---- canonical form ---------------------------------------------------------------------------------------------
+
+
+def key(graph: Graph) -> str:
+    """Name of the network: equal for two graphs if and only if they are isomorphic once simplified.
+
+    Steps are labelled with their operations and arguments, inputs with their position; the order of what a step reads
+    counts unless the operation is commutative. Names of steps do not count.
+
+    Returns: ``k1-`` and 32 hexadecimal digits, the same in every process and on every machine.
+    """
+    labelled = labelled_graph(simplify(graph))
+    order = canonical_order(labelled)
+    text = json.dumps([[labelled.labels[i] for i in order], *_certificate(labelled, order)])
+    return f"{KEY_VERSION}-{hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A directed acyclic graph: vertex ``i`` has a label and reads ``sources[i]``, all of them before ``i``."""
+
+    labels: tuple[str, ...]
+    sources: tuple[tuple[int, ...], ...]
+    commutative: tuple[bool, ...]
+    output: int
+
+
+def labelled_graph(graph: Graph) -> Labelled:
+    """``graph`` with only the inputs that it reads, and numbers for names."""
+    used = {graph.output, *(name for step in graph.steps for name in step.sources)}
+    inputs = [(i, name) for i, name in enumerate(graph.inputs) if name in used]
+    number = {name: i for i, (_, name) in enumerate(inputs)}
+    for step in graph.steps:
+        number[step.name] = len(number)
+    return Labelled(
+        tuple(f"input {i}" for i, _ in inputs) + tuple(step.op.signature for step in graph.steps),
+        ((),) * len(inputs) + tuple(tuple(number[name] for name in step.sources) for step in graph.steps),
+        (False,) * len(inputs) + tuple(traits(step.op).commutative for step in graph.steps),
+        number[graph.output],
+    )
+
+
+def canonical_order(graph: Labelled) -> list[int]:
+    """The vertices in an order that isomorphic graphs share (up to an automorphism)."""
+    return _Search(graph).run()
+
+
+def _certificate(graph: Labelled, order: Sequence[int]) -> tuple[list[list[int]], int]:
+    place = {vertex: i for i, vertex in enumerate(order)}
+    sources = []
+    for vertex in order:
+        read = [place[source] for source in graph.sources[vertex]]
+        sources.append(sorted(read) if graph.commutative[vertex] else read)
+    return sources, place[graph.output]
+
+
+class _Search:
+    """Individualisation and refinement (McKay 1981; McKay & Piperno, J. Symb. Comput. 60, 2014).
+
+    Refinement gives each vertex a colour from what it reads and who reads it. Where vertices still share a colour, one
+    after the other gets a colour of its own, and refinement goes on; of all orders found, the smallest certificate
+    wins. Branches that an automorphism already found maps to an explored one are skipped.
+    """
+
+    def __init__(self, graph: Labelled) -> None:
+        self.graph = graph
+        self.readers: list[list[tuple[int, int]]] = [[] for _ in graph.labels]  # (reader, position; -1: any)
+        for vertex, sources in enumerate(graph.sources):
+            for position, source in enumerate(sources):
+                self.readers[source].append((vertex, -1 if graph.commutative[vertex] else position))
+        self.leaves: list[tuple[list[int], list[int], Any]] = []  # the first and the best: path, order, certificate
+        self.automorphisms: list[list[int]] = []
+
+    def run(self) -> list[int]:
+        self._explore(_ranks(self._start()), [])
+        return self.leaves[-1][1]
+
+    def _start(self) -> list[Any]:
+        """Colours after one pass forwards and one backwards: what a vertex is made of, and what it is used for."""
+        graph = self.graph
+        below: list[str] = []
+        for label, sources, free in zip(graph.labels, graph.sources, graph.commutative, strict=True):
+            made_of = [below[source] for source in sources]
+            below.append(_digest([label, *(sorted(made_of) if free else made_of)]))
+        above = [""] * len(below)
+        for vertex in reversed(range(len(below))):
+            uses = sorted(f"{position} {above[reader]}" for reader, position in self.readers[vertex])
+            above[vertex] = _digest([below[vertex], str(vertex == graph.output), *uses])
+        return above
+
+    def _refine(self, colours: list[int]) -> list[int]:
+        count = max(colours) + 1
+        while count < len(colours):
+            detail = []
+            for vertex, sources in enumerate(self.graph.sources):
+                read = [colours[source] for source in sources]
+                if self.graph.commutative[vertex]:
+                    read.sort()
+                uses = sorted((colours[reader], position) for reader, position in self.readers[vertex])
+                detail.append((colours[vertex], tuple(read), tuple(uses)))
+            colours = _ranks(detail)
+            before, count = count, max(colours) + 1
+            if count == before:
+                break
+        return colours
+
+    def _explore(self, colours: list[int], path: list[int]) -> int:
+        """Explore all orders below ``path``; returns the length of the path from where the search goes on."""
+        colours = self._refine(colours)
+        sizes = Counter(colours)
+        if len(sizes) == len(colours):
+            return self._leaf(sorted(range(len(colours)), key=colours.__getitem__), path)
+        target = min(colour for colour, size in sizes.items() if size > 1)
+        explored: list[int] = []
+        for vertex in [v for v, colour in enumerate(colours) if colour == target]:
+            if explored and self._same_orbit(vertex, explored, path):
+                continue
+            # The colour of its own comes just before that of the vertices it was taken from.
+            own = [2 * colour + (v != vertex and colour == target) for v, colour in enumerate(colours)]
+            level = self._explore(_ranks(own), [*path, vertex])
+            if level < len(path):
+                return level
+            explored.append(vertex)
+        return len(path)
+
+    def _leaf(self, order: list[int], path: list[int]) -> int:
+        certificate = _certificate(self.graph, order)
+        for known_path, known_order, known in self.leaves:
+            if certificate == known:
+                image = [0] * len(order)
+                for here, there in zip(order, known_order, strict=True):
+                    image[here] = there
+                self.automorphisms.append(image)
+                return next(i for i, (a, b) in enumerate(zip(path, known_path, strict=False)) if a != b)
+        leaf = (path, order, certificate)
+        if not self.leaves:
+            self.leaves.append(leaf)
+        elif certificate < self.leaves[-1][2]:
+            self.leaves[1:] = [leaf]
+        return len(path)
+
+    def _same_orbit(self, vertex: int, explored: list[int], path: list[int]) -> bool:
+        """Is ``vertex`` the image of an explored one under known automorphisms that leave ``path`` in place?"""
+        maps = [image for image in self.automorphisms if all(image[v] == v for v in path)]
+        orbit, fresh = {vertex}, [vertex]
+        while fresh:
+            here = fresh.pop()
+            for image in maps:
+                if image[here] not in orbit:
+                    orbit.add(image[here])
+                    fresh.append(image[here])
+        return not orbit.isdisjoint(explored)
+
+
+def _ranks(colours: Sequence[Any]) -> list[int]:
+    """Each colour's place among the different colours."""
+    place: dict[Any, int] = {}
+    for colour in sorted(colours):
+        place.setdefault(colour, len(place))
+    return [place[colour] for colour in colours]
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
