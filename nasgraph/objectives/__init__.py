@@ -1,0 +1,29 @@
+"""Objectives: what is measured on a candidate."""
+
+from nasgraph.objectives.base import (
+    Candidate,
+    Direction,
+    Evaluator,
+    Failed,
+    Objective,
+    Result,
+    Scored,
+    check_alone,
+    failure,
+    find_objective,
+    slots,
+)
+
+__all__ = [
+    "Candidate",
+    "Direction",
+    "Evaluator",
+    "Failed",
+    "Objective",
+    "Result",
+    "Scored",
+    "check_alone",
+    "failure",
+    "find_objective",
+    "slots",
+]
