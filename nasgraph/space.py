@@ -125,6 +125,36 @@ class Choice(Expr):
         return f"Choice({self.name!r}, {list(self.labels)})"
 
 
+_NOTHING = object()
+
+
+class Switch(Expr):
+    """A second consequence of one decision: the thing that belongs to the option which ``choice`` took.
+
+    ``space.add("norm", Op(nn.BatchNorm1d), Switch(wiring, {"chain": second, "star": first}))`` reads what the choice
+    ``wiring`` says, whatever else depends on it. Things are plain values, nodes, choices or other switches.
+
+    Args:
+        choice: the decision; it is asked if it has not been yet.
+        cases: label -> thing.
+        default: the thing for every label that ``cases`` does not name.
+
+    Raises: SpaceError: a case for a label that ``choice`` does not have, or a label with neither case nor default.
+    """
+
+    def __init__(self, choice: Choice, cases: Mapping[Any, Any], default: Any = _NOTHING) -> None:
+        for label in cases:
+            choice.option(label)
+        missing = [label for label in choice.labels if label not in cases]
+        if missing and default is _NOTHING:
+            raise SpaceError(f"switch on '{choice.name}' has no case for {missing[0]!r}: add it, or a default")
+        self.choice = choice
+        self.cases = {label: cases.get(label, default) for label in choice.labels}
+
+    def __repr__(self) -> str:
+        return f"Switch({self.choice.name!r}, {self.cases})"
+
+
 @dataclass(frozen=True, eq=False)
 class Node:
     """A tensor of the space: an input, or what an operation returns."""
@@ -132,6 +162,9 @@ class Node:
     name: str
     index: int  # in order of declaration, which is a topological order
     space: SearchSpace = field(repr=False)
+
+
+Source = Union[Node, Choice, Switch]  # noqa: UP007 - used at run time on Python 3.10
 
 
 class Op:
@@ -279,8 +312,8 @@ class SearchSpace:
         self.constraints: dict[str, Callable[[Architecture], bool]] = {}
         self._nodes: list[Node] = []
         self._ops: dict[str, Op | Choice] = {}
-        self._sources: dict[str, tuple[Node | Choice, ...]] = {}
-        self._output: Node | Choice | None = None
+        self._sources: dict[str, tuple[Source, ...]] = {}
+        self._output: Source | None = None
 
     # ---- declare ------------------------------------------------------------------------------------------------
 
@@ -290,8 +323,8 @@ class SearchSpace:
         self.inputs[name] = Input(name, example, dict(dynamic or {}))
         return node
 
-    def add(self, name: str, op: Op | Choice, *sources: Node | Choice) -> Node:
-        """Declare an operation called ``name`` that reads ``sources``, each a node or a choice of nodes.
+    def add(self, name: str, op: Op | Choice, *sources: Source) -> Node:
+        """Declare an operation called ``name`` that reads ``sources``, each a node, or a choice or switch of nodes.
 
         Raises: SpaceError: a name used before, a source of another space, a choice of the wrong kind of option.
         """
@@ -305,8 +338,8 @@ class SearchSpace:
         self._ops[name], self._sources[name] = op, tuple(sources)
         return node
 
-    def output(self, node: Node | Choice) -> None:
-        """Say which node, or choice of nodes, is the network's output."""
+    def output(self, node: Source) -> None:
+        """Say which node, or choice or switch of nodes, is the network's output."""
         self._check_source(node, "output")
         self._output = node
 
@@ -325,7 +358,7 @@ class SearchSpace:
         self._nodes.append(node)
         return node
 
-    def _check_source(self, source: Node | Choice, name: str) -> None:
+    def _check_source(self, source: Source, name: str) -> None:
         for node in self._options(source, Node, f"node '{name}': a source"):
             if node.space is not self:
                 raise SpaceError(f"node '{name}' reads '{node.name}', which belongs to space '{node.space.name}'")
@@ -337,6 +370,9 @@ class SearchSpace:
         if isinstance(thing, Choice):
             self._register(thing, what)
             return [found for option in thing.options for found in self._options(option, kind, what)]
+        if isinstance(thing, Switch):
+            self._register(thing, what)
+            return [found for case in thing.cases.values() for found in self._options(case, kind, what)]
         raise SpaceError(f"{what} must be a {kind.__name__} or a Choice of them, not {thing!r}")
 
     def _register(self, thing: Any, what: str) -> None:
@@ -352,11 +388,16 @@ class SearchSpace:
             raise SpaceError(f"space '{self.name}' has no output: call space.output(node)")
         decided: dict[str, Label] = {}
 
+        def taken(choice: Choice) -> Label:
+            if choice.name not in decided:
+                decided[choice.name] = pick(choice)
+            return decided[choice.name]
+
         def value(thing: Any) -> Any:
             if isinstance(thing, Choice):
-                if thing.name not in decided:
-                    decided[thing.name] = pick(thing)
-                return value(thing.option(decided[thing.name]))
+                return value(thing.option(taken(thing)))
+            if isinstance(thing, Switch):
+                return value(thing.cases[taken(thing.choice)])
             if isinstance(thing, _Arithmetic):
                 return thing.function(value(thing.left), value(thing.right))
             if isinstance(thing, Op):
@@ -586,8 +627,9 @@ class SearchSpace:
             kind = "input" if op is None else "op"
             graph.add_node(node.name, kind=kind, op=text, output=node.name in outputs)
             for position, source in enumerate(self._sources.get(node.name, ())):
-                choice = source.name if isinstance(source, Choice) else None
-                for read in self._options(source, Node, f"node '{node.name}'"):
+                decision = source.choice if isinstance(source, Switch) else source
+                choice = decision.name if isinstance(decision, Choice) else None
+                for read in dict.fromkeys(self._options(source, Node, f"node '{node.name}'")):
                     graph.add_edge(read.name, node.name, position=position, choice=choice)
         return graph
 
@@ -655,6 +697,8 @@ def _choices_in(thing: Any) -> Iterator[Choice]:
     if isinstance(thing, Choice):
         yield thing
         yield from _choices_in(thing.options)
+    elif isinstance(thing, Switch):
+        yield from _choices_in((thing.choice, *thing.cases.values()))
     elif isinstance(thing, _Arithmetic):
         yield from _choices_in((thing.left, thing.right))
     elif isinstance(thing, Op):
@@ -671,6 +715,10 @@ def _expand(thing: Any, decided: Mapping[str, Label]) -> Iterator[tuple[dict[str
     if isinstance(thing, Choice):
         for label in (decided[thing.name],) if thing.name in decided else thing.labels:
             yield from _expand(thing.option(label), {**decided, thing.name: label})
+    elif isinstance(thing, Switch):
+        name = thing.choice.name
+        for label in (decided[name],) if name in decided else thing.choice.labels:
+            yield from _expand(thing.cases[label], {**decided, name: label})
     elif isinstance(thing, Op):
         for after, _ in _expand(tuple(thing.kwargs.values()), decided):
             yield after, ConcreteOp(thing.make, {}, thing.label, thing.is_call, thing.takes)
@@ -694,6 +742,8 @@ def _plain(thing: Any) -> Any:
     """``thing`` as JSON values, choices by their name."""
     if isinstance(thing, Choice):
         return {"choice": thing.name}
+    if isinstance(thing, Switch):
+        return {"switch": thing.choice.name, "cases": [[label, _plain(case)] for label, case in thing.cases.items()]}
     if isinstance(thing, Node):
         return {"node": thing.name}
     if isinstance(thing, Op | ConcreteOp):
