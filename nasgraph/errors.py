@@ -40,5 +40,6 @@ class NotFinite(ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'gcn'?`` for the known name that is nearest to ``name``, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    by_lower = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f" Did you mean '{by_lower[near[0]]}'?" if near else ""
