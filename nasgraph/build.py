@@ -65,12 +65,13 @@ def build_graph(space: SearchSpace, graph: Graph, seed: int = 0) -> fx.GraphModu
     shapes = _Shapes(space)
     root, calls = nn.Module(), {}
     code = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(code)
     values: dict[str, fx.Node] = {name: code.placeholder(name) for name in graph.inputs}
     with torch.random.fork_rng(devices=[]):
         for step in graph.steps:
             sources = [values[name] for name in step.sources]
             if step.op.is_call:
-                result = step.op.make(*map(fx.Proxy, sources), **step.op.kwargs)
+                result = step.op.make(*(fx.Proxy(source, tracer) for source in sources), **step.op.kwargs)
                 values[step.name] = result.node
                 shapes.after(step, None)
                 continue
