@@ -135,10 +135,11 @@ def simplify(graph: Graph) -> Graph:
     parameter-free step, sums inside sums where nobody else reads them, and what the output does not depend on.
     A zero that something needs is one ``Zero`` step, reading the earliest tensor known to have its shape.
     """
+    place = {step.name: i for i, step in enumerate(graph.steps)}
     while True:
         graph, flattened = _flatten(_reachable(_propagate(graph)))
         if not flattened:
-            return graph
+            return _ordered(graph, place)
 
 
 def _propagate(graph: Graph) -> Graph:
@@ -148,7 +149,8 @@ def _propagate(graph: Graph) -> Graph:
     zeros: set[str] = set()
     done: dict[tuple[str, tuple[str, ...]], str] = {}
     steps: list[Step] = []
-    for step in graph.steps:
+    # With zeros, what depends on least comes first, so that the tensor which gives a zero its shape is met before it.
+    for step in shape.by_rank(graph.steps) if shape else graph.steps:
         facts = known[step.name]
         sources = tuple(stands_for[name] for name in step.sources)
         if facts.drops_zero:
@@ -195,6 +197,9 @@ class _Shapes:
         for name in sorted(self.parent, key=lambda name: self.rank[name]):
             self.first.setdefault(self.root(name), name)
 
+    def by_rank(self, steps: Sequence[Step]) -> list[Step]:
+        return sorted(steps, key=lambda step: self.rank[step.name][0])
+
     def root(self, name: str) -> str:
         while self.parent[name] != name:
             name = self.parent[name]
@@ -212,6 +217,23 @@ def _reachable(graph: Graph) -> Graph:
             reached.update(step.sources)
             steps.append(step)
     return Graph(graph.inputs, tuple(reversed(steps)), graph.output)
+
+
+def _ordered(graph: Graph, place: Mapping[str, int]) -> Graph:
+    """The steps in their declared order, except that what a step reads comes before it."""
+    steps = {step.name: step for step in sorted(graph.steps, key=lambda step: place[step.name])}
+    ordered: dict[str, Step] = {}
+
+    def visit(step: Step) -> None:
+        if step.name not in ordered:
+            for name in step.sources:
+                if name in steps:
+                    visit(steps[name])
+            ordered[step.name] = step
+
+    for step in steps.values():
+        visit(step)
+    return Graph(graph.inputs, tuple(ordered.values()), graph.output)
 
 
 def _flatten(graph: Graph) -> tuple[Graph, bool]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import operator
 import random
 import sys
@@ -545,20 +546,22 @@ class SearchSpace:
         """How many architectures there are before constraints, exactly, without enumerating them.
 
         One pass backwards over the nodes. Partial decisions are merged when they reach the same nodes and agree on
-        every choice that a node further back mentions.
+        every choice that a node further back mentions; labels that lead to the same nodes and choices count together.
 
         Raises: SpaceError: more than ``limit`` partial decisions would have to be kept apart.
         """
         if self._output is None:
             raise SpaceError(f"space '{self.name}' has no output: call space.output(node)")
+        alike = self._alike()
+        labels = {name: tuple(counts) for name, counts in alike.items()}
         mentions: list[set[str]] = [set()]  # choices that node i or one before it may ask
         for node in self._nodes:
             here = (self._ops.get(node.name), self._sources.get(node.name))
             mentions.append(mentions[-1] | {choice.name for choice in _choices_in(here)})
         states: Counter[tuple[frozenset[int], frozenset[tuple[str, Label]]]] = Counter()
-        for decided, node in _expand(self._output, {}):
+        for decided, node in _expand(self._output, {}, labels):
             kept = frozenset(item for item in decided.items() if item[0] in mentions[-1])
-            states[frozenset([node.index]), kept] += 1
+            states[frozenset([node.index]), kept] += math.prod(alike[name][label] for name, label in decided.items())
         for node in reversed(self._nodes):
             if node.name not in self._ops:
                 continue
@@ -568,14 +571,33 @@ class SearchSpace:
                     kept = frozenset(item for item in known if item[0] in mentions[node.index])
                     after[reached, kept] += count
                     continue
-                for with_op, op in _expand(self._ops[node.name], dict(known)):
-                    for decided, sources in _expand(self._sources[node.name][: _reads(op)], with_op):
+                before = dict(known)
+                for with_op, op in _expand(self._ops[node.name], before, labels):
+                    for decided, sources in _expand(self._sources[node.name][: _reads(op)], with_op, labels):
+                        ways = math.prod(alike[name][decided[name]] for name in decided.keys() - before.keys())
                         kept = frozenset(item for item in decided.items() if item[0] in mentions[node.index])
-                        after[reached - {node.index} | {source.index for source in sources}, kept] += count
+                        after[reached - {node.index} | {source.index for source in sources}, kept] += count * ways
                 if len(after) > limit:
                     raise SpaceError(f"space '{self.name}' is too entangled to be counted exactly")
             states = after
         return sum(states.values())
+
+    def _alike(self) -> dict[str, dict[Label, int]]:
+        """Of each choice, the labels that differ in what is asked and read after them, with how many are like each."""
+        effects: dict[str, list[list[Any]]] = {
+            name: [[_effect(option)] for option in choice.options] for name, choice in self.choices.items()
+        }
+        for switch in _switches_in((tuple(self._ops.values()), tuple(self._sources.values()), self._output)):
+            for effect, case in zip(effects[switch.choice.name], switch.cases.values(), strict=True):
+                effect.append(_effect(case))
+        alike: dict[str, dict[Label, int]] = {}
+        for name, choice in self.choices.items():
+            first: dict[Any, Label] = {}
+            counts = alike[name] = {}
+            for label, effect in zip(choice.labels, effects[name], strict=True):
+                like = first.setdefault(tuple(effect), label)
+                counts[like] = counts.get(like, 0) + 1
+        return alike
 
     def _accepted(self, draw: Callable[[], Architecture]) -> Architecture:
         blame: Counter[str] = Counter()
@@ -696,43 +718,71 @@ def _label(option: Any, choice: str) -> Label:
 def _choices_in(thing: Any) -> Iterator[Choice]:
     if isinstance(thing, Choice):
         yield thing
-        yield from _choices_in(thing.options)
-    elif isinstance(thing, Switch):
-        yield from _choices_in((thing.choice, *thing.cases.values()))
-    elif isinstance(thing, _Arithmetic):
-        yield from _choices_in((thing.left, thing.right))
-    elif isinstance(thing, Op):
-        yield from _choices_in(thing.kwargs)
-    elif isinstance(thing, dict):
-        yield from _choices_in(tuple(thing.values()))
-    elif isinstance(thing, list | tuple):
-        for item in thing:
-            yield from _choices_in(item)
+    for part in _parts(thing):
+        yield from _choices_in(part)
 
 
-def _expand(thing: Any, decided: Mapping[str, Label]) -> Iterator[tuple[dict[str, Label], Any]]:
+def _switches_in(thing: Any) -> Iterator[Switch]:
+    if isinstance(thing, Switch):
+        yield thing
+    for part in _parts(thing):
+        yield from _switches_in(part)
+
+
+def _parts(thing: Any) -> tuple[Any, ...]:
+    """What a piece of a declaration is made of."""
+    if isinstance(thing, Choice):
+        return thing.options
+    if isinstance(thing, Switch):
+        return (thing.choice, *thing.cases.values())
+    if isinstance(thing, _Arithmetic):
+        return (thing.left, thing.right)
+    if isinstance(thing, Op):
+        return tuple(thing.kwargs.values())
+    if isinstance(thing, dict):
+        return tuple(thing.values())
+    return tuple(thing) if isinstance(thing, list | tuple) else ()
+
+
+def _effect(thing: Any) -> Any:
+    """What ``thing`` makes the walk ask and read, as a value to compare; None: nothing."""
+    if isinstance(thing, Choice):
+        return ("choice", thing.name)
+    if isinstance(thing, Node):
+        return ("node", thing.index)
+    parts = tuple(effect for effect in map(_effect, _parts(thing)) if effect is not None)
+    if isinstance(thing, Op):
+        return ("op", _reads(ConcreteOp(thing.make, {}, thing.label, thing.is_call, thing.takes)), parts)
+    if isinstance(thing, Switch):
+        return ("switch", parts)
+    return parts or None
+
+
+def _expand(
+    thing: Any, decided: Mapping[str, Label], labels: Mapping[str, Sequence[Label]]
+) -> Iterator[tuple[dict[str, Label], Any]]:
     """Every way to decide the open choices in ``thing``: what is then decided, and ``thing`` with them in place."""
     if isinstance(thing, Choice):
-        for label in (decided[thing.name],) if thing.name in decided else thing.labels:
-            yield from _expand(thing.option(label), {**decided, thing.name: label})
+        for label in (decided[thing.name],) if thing.name in decided else labels[thing.name]:
+            yield from _expand(thing.option(label), {**decided, thing.name: label}, labels)
     elif isinstance(thing, Switch):
         name = thing.choice.name
-        for label in (decided[name],) if name in decided else thing.choice.labels:
-            yield from _expand(thing.cases[label], {**decided, name: label})
+        for label in (decided[name],) if name in decided else labels[name]:
+            yield from _expand(thing.cases[label], {**decided, name: label}, labels)
     elif isinstance(thing, Op):
-        for after, _ in _expand(tuple(thing.kwargs.values()), decided):
+        for after, _ in _expand(tuple(thing.kwargs.values()), decided, labels):
             yield after, ConcreteOp(thing.make, {}, thing.label, thing.is_call, thing.takes)
     elif isinstance(thing, _Arithmetic):
-        for after, _ in _expand((thing.left, thing.right), decided):
+        for after, _ in _expand((thing.left, thing.right), decided, labels):
             yield after, None
     elif isinstance(thing, dict):
-        yield from _expand(tuple(thing.values()), decided)
+        yield from _expand(tuple(thing.values()), decided, labels)
     elif isinstance(thing, list | tuple):
         if not thing:
             yield dict(decided), ()
             return
-        for after, head in _expand(thing[0], decided):
-            for last, tail in _expand(thing[1:], after):
+        for after, head in _expand(thing[0], decided, labels):
+            for last, tail in _expand(thing[1:], after, labels):
                 yield last, (head, *tail)
     else:
         yield dict(decided), thing
