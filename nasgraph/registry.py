@@ -40,7 +40,7 @@ def check(kind: str, name: str) -> None:
 
     Raises: ConfigError: ``name`` is neither installed nor of the form ``module:attribute``.
     """
-    singular = kind[:-3] + "y" if kind == "proxies" else kind[:-1]
+    singular = _singular(kind)
     if ":" in name:
         if not re.fullmatch(r"[^\W\d]\w*(\.\w+)*:[^\W\d]\w*(\.\w+)*", name):
             raise ConfigError(f"{singular} '{name}' is not module:attribute, as in my_package.my_file:my_{singular}")
@@ -68,7 +68,8 @@ def resolve(kind: str, name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
             raise ConfigError(f"'{name}': {module_name} needs {error.name}, which is not installed") from error
-        raise ConfigError(f"'{name}': there is no module {module_name} (looked in {os.getcwd()} and sys.path)") from error
+        looked = f"looked in {os.getcwd()} and sys.path"
+        raise ConfigError(f"'{name}': there is no module {module_name} ({looked})") from error
     except Exception as error:
         raise ConfigError(f"'{name}': {module_name} cannot be imported: {_where(error)}") from error
     for part in attribute.split("."):
@@ -76,6 +77,32 @@ def resolve(kind: str, name: str) -> Any:
             raise ConfigError(f"'{name}': {module_name} has no {attribute}.{did_you_mean(part, dir(found))}")
         found = getattr(found, part)
     return found
+
+
+def make(kind: str, name: str, arguments: Mapping[str, Any], offered: Mapping[str, Any] | None = None) -> Any:
+    """Call the plug-in ``name`` with ``arguments``, and with those of ``offered`` that it has a parameter for.
+
+    Raises: ConfigError: an argument that it does not have, or one that it needs and does not get.
+    """
+    function, what = resolve(kind, name), f"{_singular(kind)} '{name}'"
+    if not callable(function):
+        raise ConfigError(f"{what} is a {type(function).__name__}; a function or class that makes one is needed")
+    parameters = inspect.signature(function).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for argument in arguments:
+        if argument not in parameters and not takes_any:
+            known = ", ".join(parameters) or "none"
+            raise ConfigError(f"{what} has no argument '{argument}'.{did_you_mean(argument, parameters)} It has: {known}")
+    given = {key: value for key, value in (offered or {}).items() if key in parameters} | dict(arguments)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for parameter in parameters.values():
+        if parameter.default is parameter.empty and parameter.kind in named and parameter.name not in given:
+            raise ConfigError(f"{what} needs the argument '{parameter.name}'")
+    return function(**given)
+
+
+def _singular(kind: str) -> str:
+    return kind[:-3] + "y" if kind == "proxies" else kind[:-1]
 
 
 def _where(error: Exception) -> str:
