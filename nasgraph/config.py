@@ -81,7 +81,7 @@ class Config(_Keys):
     space: Plugin
     task: Plugin
     objectives: list[str] = Field(["val_accuracy", "params"], min_length=1)
-    limits: dict[str, float] = Field({}, description="upper bounds (lower, if maximised) on objectives")
+    limits: dict[str, float] = Field({}, description="upper bounds of objectives, e.g. {params: 50000}")
     train: Train = Train()  # type: ignore[call-arg]
     seeds: list[int] = Field([0], min_length=1, description="seeds whose validation results are averaged per candidate")
     screen: Screen | None = None
