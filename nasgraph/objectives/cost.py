@@ -70,7 +70,8 @@ def count_traffic(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     4 E O (gathered) + 4 E O (scattered) bytes, however it is written: a product of a sparse matrix of E entries with a
     dense one of O columns counts as the same. Reading the indices, and what a cache saves, is not counted.
     """
-    with _evaluating(model), _Traffic() as counter:
+    counter = _Traffic()
+    with _evaluating(model), counter:
         model(*inputs)
     return counter.bytes
 
