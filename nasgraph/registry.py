@@ -91,8 +91,8 @@ def make(kind: str, name: str, arguments: Mapping[str, Any], offered: Mapping[st
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for argument in arguments:
         if argument not in parameters and not takes_any:
-            known = ", ".join(parameters) or "none"
-            raise ConfigError(f"{what} has no argument '{argument}'.{did_you_mean(argument, parameters)} It has: {known}")
+            hint = did_you_mean(argument, parameters)
+            raise ConfigError(f"{what} has no argument '{argument}'.{hint} It has: {', '.join(parameters) or 'none'}")
     given = {key: value for key, value in (offered or {}).items() if key in parameters} | dict(arguments)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for parameter in parameters.values():
