@@ -1,7 +1,7 @@
 """Costs that need no training: parameters, arithmetic, memory traffic and sizes.
 
-All are exact counts on the untrained model and the task's inputs (one forward pass at most), so they are the same on
-every machine. None changes the model.
+All are exact counts on the untrained model and the task's inputs (one forward pass at most), so they do not
+depend on a machine's speed or load. None changes the model.
 """
 
 from __future__ import annotations
@@ -88,6 +88,7 @@ def count_activation_bytes(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
 
     Every storage once, without parameters, buffers and the inputs themselves. This is what grows with the graph and
     decides whether a candidate can be trained on it. Runs a copy of the model, with a seed of its own for dropout.
+    What is kept may depend on the kind of device: dropout's mask takes 4 bytes per number on a CPU, 1 on a GPU.
     """
     model = copy.deepcopy(model).train()
     known = {_storage(tensor).data_ptr() for tensor in [*model.parameters(), *model.buffers(), *inputs]}
