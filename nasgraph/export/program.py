@@ -1,0 +1,36 @@
+"""A ``torch.export`` program: runs in plain PyTorch, without the classes that made the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from nasgraph.export.base import Outgoing, Written, quiet
+
+FILE = "program.pt2"
+
+RELOAD = """
+def load(path):
+    import torch
+
+    return torch.export.load(path).module()
+"""
+
+
+def export(outgoing: Outgoing, folder: Path) -> Written:
+    """Write ``program.pt2``. Axes that the space calls dynamic may have any length.
+
+    Raises: what ``torch.export`` raises, e.g. for an operation that would fix the length of a dynamic axis.
+    """
+    with quiet():
+        torch.export.save(program(outgoing), folder / FILE)
+    return Written(folder / FILE, RELOAD)
+
+
+def program(outgoing: Outgoing) -> torch.export.ExportedProgram:
+    """The model as an exported program, dynamic axes named as in the space."""
+    axes = {name: torch.export.Dim(name) for dynamic in outgoing.dynamic for name in dynamic.values()}
+    shapes = tuple({axis: axes[name] for axis, name in dynamic.items()} for dynamic in outgoing.dynamic)
+    with torch.no_grad():
+        return torch.export.export(outgoing.model, outgoing.examples, dynamic_shapes=shapes)
