@@ -102,7 +102,7 @@ def nas_bench_graph(
     Size: 59,049 architectures, 9 of them (skips only) excluded by a constraint; the others stand for 26,206 rows.
     Raises: SpaceError: unknown dataset, or a width that 4 attention heads cannot share.
     """
-    given = {"features": features, "classes": classes, "width": width, "dropout": dropout}
+    given: dict[str, Any] = {"features": features, "classes": classes, "width": width, "dropout": dropout}
     settings = replace(preset(dataset), **{name: value for name, value in given.items() if value is not None})
     if settings.width % 4:
         raise SpaceError(f"width {settings.width} is not a multiple of 4, the number of attention heads")
