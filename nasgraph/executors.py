@@ -384,11 +384,11 @@ class RayActors:
             self._started_ray = True
         try:
             try:
-                self._reference = ray.put(self._evaluate)
+                self._pickled = ray.put(ray.cloudpickle.dumps(self._evaluate))
             except Exception as error:
                 raise NasgraphError(f"the evaluation cannot be sent to Ray: {error}") from error
             self._make = ray.remote(num_cpus=1, num_gpus=self.num_gpus, max_restarts=0)(_Actor)
-            self._free = [self._make.remote(self._reference, self.slots) for _ in range(self.slots)]
+            self._free = [self._make.remote() for _ in range(self.slots)]
             for actor in self._free:
                 self._greet(actor)
         except BaseException:
@@ -448,7 +448,7 @@ class RayActors:
             self._running[actor.run.remote(payload)] = (ticket, actor, deadline)
 
     def _start(self) -> Any:
-        actor = self._make.remote(self._reference, self.slots)
+        actor = self._make.remote()
         self._greet(actor)
         return actor
 
@@ -457,14 +457,16 @@ class RayActors:
         import ray
 
         try:
-            ray.get(actor.ready.remote(), timeout=self.start_s)
+            problem = ray.get(actor.load.remote(self._pickled, sys.path, self.slots), timeout=self.start_s)
         except ray.exceptions.GetTimeoutError:
             raise NasgraphError(
                 f"Ray started no worker within {self.start_s:g} s: each of the {self.slots} needs 1 CPU and "
                 f"{self.num_gpus:g} GPU; ask for fewer workers or a smaller num_gpus"
             ) from None
         except ray.exceptions.RayError as error:
-            raise NasgraphError(f"the evaluation cannot be loaded in a Ray worker: {_first_line(error)}") from error
+            problem = _first_line(error)
+        if problem is not None:
+            raise NasgraphError(f"the evaluation cannot be loaded in a Ray worker: {problem}")
 
     @staticmethod
     def _result(reference: Any) -> tuple[Result, bool]:
@@ -485,15 +487,18 @@ class RayActors:
 class _Actor:
     """What runs inside Ray: holds the evaluation, evaluates what it is sent."""
 
-    def __init__(self, evaluate: Evaluate, slots: int) -> None:
-        import torch
-
-        torch.set_num_threads(1)
+    def load(self, pickled: bytes, path: list[str], slots: int) -> str | None:
+        """Unpickle the evaluation, modules looked for where the parent finds them. Returns: what went wrong."""
         os.environ[SLOTS] = str(slots)
-        self._evaluate = evaluate
+        sys.path += [folder for folder in path if folder not in sys.path]
+        try:
+            import torch
 
-    def ready(self) -> bool:
-        return True
+            torch.set_num_threads(1)
+            self._evaluate: Evaluate = pickle.loads(pickled)
+        except BaseException as error:
+            return failure(error).detail
+        return None
 
     def run(self, payload: Any) -> Result:
         return guarded(self._evaluate, payload)

@@ -95,7 +95,8 @@ class ScreenTable:
         plain = _plain(row)
         with database.writing(self.path), self._connection:
             self._connection.execute(
-                f"INSERT INTO candidates ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*plain, database.digest(plain))
+                f"INSERT INTO candidates ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (*plain, database.digest(plain)),
             )
 
     def rows(self) -> list[ScreenRow]:
@@ -217,7 +218,7 @@ def survivors(
     """The ``keep`` best rows by the sum of log ranks, best first, one per network.
 
     For n networks and each column, the worst has rank 1, the best rank n, equal values share their mean rank; the score
-    is the sum over the columns of log(rank / n) (AZ-NAS, Lee & Ham, CVPR 2024, eq. 1). It asks a survivor to be bad in
+    is the sum over the columns of log(rank / n) (AZ-NAS, Lee & Ham, CVPR 2024). It asks a survivor to be bad in
     no column. Ties go to the lower index. Rows that failed do not take part.
 
     Raises: ConfigError: nothing to rank by, or a column that a row does not have.

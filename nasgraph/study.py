@@ -162,7 +162,7 @@ class Study:
         for key, value in self._settings.items():
             if stored.get(key) != value:
                 shown = "another search space" if key == "space" else f"{key} {stored.get(key)}, not {value}"
-                raise ConfigError(f"{self.path}: study '{self.name}' was started with {shown}. Start a new run for this")
+                raise ConfigError(f"{self.path}: study '{self.name}' was started with {shown}. Start a new run for it")
         return study
 
     @contextmanager
@@ -186,7 +186,10 @@ class Study:
         self._results: dict[str, Result] = {}
         directions = [direction for _, direction in self.objectives]
         with _quiet_optuna():
-            self._memory = optuna.create_study(directions=directions, pruner=optuna.pruners.NopPruner())
+            self._storage = optuna.storages.InMemoryStorage()
+            self._memory = optuna.create_study(
+                storage=self._storage, study_name=self.name, directions=directions, pruner=optuna.pruners.NopPruner()
+            )
         try:
             trials = self._stored.get_trials(deepcopy=False)
         except Exception as error:  # json, enum and SQL errors: whatever a damaged page leads to
@@ -217,7 +220,8 @@ class Study:
             sound = False
         if not sound:
             raise DamagedFile(
-                f"{self.path}: trial {trial.number} of study '{self.name}' is not what was written. {_remedy(self.path)}"
+                f"{self.path}: trial {trial.number} of study '{self.name}' is not what was written. "
+                f"{_remedy(self.path)}"
             )
         return record
 
@@ -249,6 +253,11 @@ class Study:
         return _Asked(index, trial, sampler, arch, self.space.key(arch), attempt)
 
     def _sampler(self, index: int, attempt: int) -> BaseSampler:
+        """A fresh sampler, put in charge of the study in memory. All that it can know is in the trials."""
+        study = self._storage.get_study_id_from_name(self.name)
+        for key in self._storage.get_study_system_attrs(study):
+            if ":parent:" in key:  # genetic samplers read their parents back in another order than they chose them
+                self._storage.set_study_system_attr(study, key, None)
         self._memory.sampler = self._make_sampler(database.derive_seed(self.seed, index, attempt))
         return self._memory.sampler
 
@@ -276,7 +285,8 @@ class Study:
         if scored:
             for name in [*(name for name, _ in self.objectives), *self.limits]:
                 if name not in values:
-                    raise NasgraphError(f"the evaluation does not measure '{name}', only {', '.join(values) or 'nothing'}")
+                    measured = ", ".join(values) or "nothing"
+                    raise NasgraphError(f"the evaluation does not measure '{name}', only {measured}")
         record = TrialRecord(
             number=asked.index,
             state="scored" if scored else "failed",
@@ -435,7 +445,7 @@ def _checksum(trial: FrozenTrial) -> str:
 def _describe(sampler: Any) -> str:
     if isinstance(sampler, functools.partial):
         return f"{_describe(sampler.func)} {json.dumps([sampler.args, sampler.keywords], sort_keys=True, default=str)}"
-    return sampler if isinstance(sampler, str) else getattr(sampler, "__qualname__", type(sampler).__name__)
+    return str(sampler if isinstance(sampler, str) else getattr(sampler, "__qualname__", type(sampler).__name__))
 
 
 def _remedy(path: Path) -> str:

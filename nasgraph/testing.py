@@ -11,14 +11,22 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from nasgraph.build import build
 from nasgraph.errors import NotFinite
+from nasgraph.executors import InProcess
+from nasgraph.export.base import grown
+from nasgraph.objectives.base import Scored
+from nasgraph.space import Architecture, Choice, Op, SearchSpace
+from nasgraph.study import Direction, Study, TrialRecord
 from nasgraph.tasks.batch import Batch
 
 CONVOLUTIONS = ("gat", "gatv2", "gcn", "gin", "cheb", "sage-mean", "sage-max", "arma", "graph", "gen", "pna", "fc")
@@ -186,3 +194,171 @@ def _convolution(name: str, width_in: int, width_out: int) -> nn.Module:
 class _NoMessages(nn.Linear):
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)
+
+
+class SamplerExam:
+    """What every strategy must do: search a small conditional space alone, be repeatable, survive failures, resume.
+
+    ``make`` takes a seed and returns an ``optuna.samplers.BaseSampler``; each trial gets a fresh one.
+    """
+
+    make: ClassVar[Callable[[int], Any]]
+    trials: ClassVar[int] = 25  # enough to leave the sampler's random start behind
+
+    def search(
+        self, path: Path, seed: int = 0, trials: int | None = None, fails: bool = False, objectives: int = 2
+    ) -> list[TrialRecord]:
+        """Run a search, or resume the one in ``path``."""
+        directions: list[tuple[str, Direction]] = [("good", "maximize"), ("size", "minimize")]
+        study = Study(path, "exam", _conditional_space(), directions[:objectives], self.make, seed, limits={"size": 80})
+        with InProcess(_rate_or_fail if fails else _rate) as executor:
+            return study.run(trials or self.trials, executor)
+
+    @pytest.mark.parametrize("objectives", [1, 2])
+    def test_proposals_are_architectures_of_the_space(self, objectives: int, tmp_path: Path) -> None:
+        records = self.search(tmp_path / "study.db", objectives=objectives)
+        space = _conditional_space()
+        assert [record.number for record in records] == list(range(self.trials))
+        assert all(record.state == "scored" for record in records)
+        assert all(space.architecture(record.arch) == record.arch for record in records)
+
+    def test_one_seed_gives_one_search(self, tmp_path: Path) -> None:
+        first, again, other = (self.search(tmp_path / f"{i}.db", seed=seed) for i, seed in enumerate((1, 1, 2)))
+        assert _what_was_found(first) == _what_was_found(again)
+        assert _what_was_found(first) != _what_was_found(other)
+
+    def test_trials_differ(self, tmp_path: Path) -> None:
+        records = self.search(tmp_path / "study.db")
+        assert len({record.key for record in records}) > self.trials // 2
+
+    @pytest.mark.parametrize("fails", [False, True])
+    def test_a_resumed_search_equals_the_uninterrupted_one(self, fails: bool, tmp_path: Path) -> None:
+        whole = self.search(tmp_path / "whole.db", fails=fails)
+        for stop in (3, self.trials // 2, self.trials - 2, self.trials):
+            parts = self.search(tmp_path / "parts.db", trials=stop, fails=fails)
+        assert _what_was_found(parts) == _what_was_found(whole)
+
+    def test_failed_trials_are_survived(self, tmp_path: Path) -> None:
+        records = self.search(tmp_path / "study.db", fails=True)
+        assert len(records) == self.trials
+        assert {record.reason for record in records} == {None, "error"}
+
+
+def _conditional_space() -> SearchSpace:
+    """Up to four layers; the choices of a layer are asked when it is reached."""
+    space = SearchSpace("exam")
+    node = space.input("x", torch.zeros(2, 4), dynamic={0: "batch"})
+    ends: dict[str, Any] = {}
+    for i in range(4):
+        width = Choice(f"width{i}", [4, 8, 16, 32], ordered=True)
+        kind = Choice(f"kind{i}", {"relu": Op(nn.ReLU), "elu": Op(nn.ELU), "tanh": Op(nn.Tanh)})
+        node = space.add(f"kind{i}", kind, space.add(f"linear{i}", Op(nn.Linear, out_features=width), node))
+        ends[str(i + 1)] = node
+    space.output(Choice("depth", ends))
+    return space
+
+
+def _rate(arch: Mapping[str, Any]) -> Scored:
+    depth = int(arch["depth"])
+    size = sum(arch[f"width{i}"] for i in range(depth))
+    kinds = sum({"relu": 0.3, "elu": 0.5, "tanh": 0.1}[arch[f"kind{i}"]] for i in range(depth))
+    return Scored({"good": (kinds + 0.01 * size) / (1 + 0.3 * depth), "size": size})
+
+
+def _rate_or_fail(arch: Mapping[str, Any]) -> Scored:
+    if arch["kind0"] == "tanh" and arch["width0"] < 16:
+        raise ValueError("too narrow for tanh")
+    return _rate(arch)
+
+
+def _what_was_found(records: Sequence[TrialRecord]) -> list[Any]:
+    """All of the records but the wall clock."""
+    return [(r.number, r.state, r.arch, r.key, r.values, r.reason, r.reused) for r in records]
+
+
+class SpaceExam:
+    """What every search space must do: its networks build, train, export, and are the same wherever they are made.
+
+    ``space`` is a function without arguments that makes the space; its networks return logits ``(n, classes)``.
+    """
+
+    space: ClassVar[Callable[[], SearchSpace]]
+    classes: ClassVar[int]
+    samples: ClassVar[int] = 20
+    exported: ClassVar[int] = 2  # how many networks leave in each of ``formats`` and are loaded in another process
+    formats: ClassVar[tuple[str, ...]] = ("code", "safetensors", "torch-export")
+
+    def drawn(self, count: int) -> tuple[SearchSpace, list[Architecture]]:
+        """The space and ``count`` random architectures, the same ones in each test."""
+        space, rng = type(self).space(), random.Random(0)
+        return space, [space.sample(rng) for _ in range(count)]
+
+    def test_samples_build_run_and_train(self) -> None:
+        space, architectures = self.drawn(self.samples)
+        inputs = tuple(declared.example for declared in space.inputs.values())
+        for architecture in architectures:
+            model = build(space, architecture)
+            outputs = model(*inputs)
+            assert outputs.dim() == 2 and outputs.shape[1] == self.classes, f"{tuple(outputs.shape)}: {architecture}"
+            assert outputs.isfinite().all(), architecture
+            loss = nn.functional.cross_entropy(outputs, torch.arange(len(outputs)) % self.classes)
+            loss.backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            assert gradients, f"nothing to train: {architecture}"
+            assert all(gradient.isfinite().all() for gradient in gradients), architecture
+            assert any(gradient.any() for gradient in gradients), f"no gradient arrives: {architecture}"
+
+    def test_dynamic_axes_may_be_longer(self) -> None:
+        space, architectures = self.drawn(self.samples)
+        dynamic = tuple(declared.dynamic for declared in space.inputs.values())
+        inputs = grown(tuple(declared.example for declared in space.inputs.values()), dynamic)
+        for architecture in architectures:
+            assert build(space, architecture).eval()(*inputs).isfinite().all(), architecture
+
+    def test_architectures_survive_json(self) -> None:
+        space, architectures = self.drawn(self.samples)
+        for architecture in architectures:
+            again = Architecture.from_json(architecture.to_json())
+            assert again == architecture
+            assert space.architecture(again) == architecture
+            assert space.key(again) == space.key(architecture)
+
+    def test_the_space_is_the_same_each_time_it_is_made(self) -> None:
+        (first, drawn), (second, again) = self.drawn(self.samples), self.drawn(self.samples)
+        assert first.fingerprint() == second.fingerprint()
+        assert drawn == again
+        assert [first.key(architecture) for architecture in drawn] == [second.key(a) for a in again]
+
+    def test_a_network_starts_from_its_seed(self) -> None:
+        space, architectures = self.drawn(3)
+        for architecture in architectures:
+            generator = torch.random.get_rng_state()
+            first, second = (build(space, architecture, seed=1).state_dict() for _ in range(2))
+            assert torch.equal(torch.random.get_rng_state(), generator), "the global random number generator was used"
+            assert first.keys() == second.keys()
+            assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+    def test_moves_stay_in_the_space(self) -> None:
+        space, architectures = self.drawn(self.samples)
+        rng = random.Random(1)
+        for first, second in zip(architectures, reversed(architectures), strict=True):
+            for child in (space.mutate(first, rng), space.crossover(first, second, rng)):
+                assert space.architecture(child) == child
+                assert space.violated(child) == []
+            assert space.mutate(first, rng) != first
+
+    def test_size_is_not_less_than_what_was_drawn(self) -> None:
+        space, architectures = self.drawn(self.samples)
+        assert space.size() >= len(set(architectures))
+
+    def test_networks_leave_without_nasgraph(self, tmp_path: Path) -> None:
+        from nasgraph.export import Request, export_many
+
+        space, architectures = self.drawn(self.exported)
+        requests = [
+            Request(build(space, architecture), tmp_path / str(i), space, architecture, self.formats)
+            for i, architecture in enumerate(architectures)
+        ]
+        for architecture, results in zip(architectures, export_many(requests), strict=True):
+            for result in results:
+                assert result.status == "ok", f"{result.format}: {result.detail}: {architecture}"

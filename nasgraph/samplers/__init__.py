@@ -70,10 +70,13 @@ def make_sampler(name: str, seed: int, **arguments: Any) -> BaseSampler:
     from optuna.samplers import BaseSampler
 
     make = registry.resolve("samplers", name)
-    known = inspect.signature(make).parameters
+    try:
+        known = dict(inspect.signature(make).parameters)
+    except (TypeError, ValueError):
+        raise ConfigError(f"sampler '{name}' is not a class or function whose arguments can be read") from None
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for key in arguments:
-        if key == "seed" or (key not in known and not takes_any):
+        if key not in known and not takes_any:
             options = [known_key for known_key in known if known_key != "seed"]
             raise ConfigError(
                 f"sampler '{name}' has no argument '{key}'.{did_you_mean(key, options)} "
