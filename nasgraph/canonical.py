@@ -60,6 +60,10 @@ def _dropout(kwargs: Mapping[str, Any]) -> Traits:
     return Traits(identity=kwargs.get("p", 0.5) == 0, keeps_zero=True, keeps_shape=True)
 
 
+def _alpha_dropout(kwargs: Mapping[str, Any]) -> Traits:
+    return Traits(identity=kwargs.get("p", 0.5) == 0, keeps_shape=True)
+
+
 def _layer_norm(kwargs: Mapping[str, Any]) -> Traits:
     shifts = kwargs.get("elementwise_affine", True) and kwargs.get("bias", True)
     return Traits(keeps_shape=True, keeps_zero=not shifts)
@@ -94,8 +98,10 @@ def _table() -> dict[str, Rule]:
         rules[f"torch.nn.{name}"] = activation
     for name in ("Sigmoid", "Hardsigmoid", "LogSigmoid", "Softplus", "Softmax", "LogSoftmax"):
         rules[f"torch.nn.{name}"] = squash
-    for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout"):
+    for name in ("Dropout", "Dropout1d", "Dropout2d", "Dropout3d"):
         rules[f"torch.nn.{name}"] = _dropout
+    for name in ("AlphaDropout", "FeatureAlphaDropout"):
+        rules[f"torch.nn.{name}"] = _alpha_dropout
     for axes in ("1d", "2d", "3d"):
         for name in ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool"):
             rules[f"torch.nn.{name}{axes}"] = pool
@@ -136,10 +142,13 @@ def simplify(graph: Graph) -> Graph:
     A zero that something needs is one ``Zero`` step, reading the earliest tensor known to have its shape.
     """
     place = {step.name: i for i, step in enumerate(graph.steps)}
-    while True:
+    for _ in range(len(graph.steps) + 1):  # mostly once or twice
+        before = {step.name: step.sources for step in graph.steps}
         graph, flattened = _flatten(_reachable(_propagate(graph)))
-        if not flattened:
-            return _ordered(graph, place)
+        zero = any(traits(step.op).zero for step in graph.steps)
+        if not flattened and (not zero or before == {step.name: step.sources for step in graph.steps}):
+            break
+    return _ordered(graph, place)
 
 
 def _propagate(graph: Graph) -> Graph:
@@ -194,8 +203,16 @@ class _Shapes:
                 for name in step.sources if step.op.is_call else step.sources[:1]:
                     self.parent[self.root(name)] = self.root(step.name)
         self.first: dict[str, str] = {}
+        tied = False
         for name in sorted(self.parent, key=lambda name: self.rank[name]):
-            self.first.setdefault(self.root(name), name)
+            first = self.first.setdefault(self.root(name), name)
+            tied = tied or (name != first and self.rank[name] == self.rank[first])
+        if tied:  # look-alikes, which differ in what reads them at most: the canonical order tells them apart
+            order = canonical_order(labelled_graph(graph, every_input=True))
+            names = [*graph.inputs, *(step.name for step in graph.steps)]
+            self.first = {}
+            for name in sorted((names[vertex] for vertex in order), key=lambda name: self.rank[name]):
+                self.first.setdefault(self.root(name), name)
 
     def by_rank(self, steps: Sequence[Step]) -> list[Step]:
         return sorted(steps, key=lambda step: self.rank[step.name][0])
@@ -284,10 +301,10 @@ class Labelled:
     output: int
 
 
-def labelled_graph(graph: Graph) -> Labelled:
-    """``graph`` with only the inputs that it reads, and numbers for names."""
+def labelled_graph(graph: Graph, every_input: bool = False) -> Labelled:
+    """``graph`` with numbers for names, and without the inputs that it does not read unless ``every_input``."""
     used = {graph.output, *(name for step in graph.steps for name in step.sources)}
-    inputs = [(i, name) for i, name in enumerate(graph.inputs) if name in used]
+    inputs = [(i, name) for i, name in enumerate(graph.inputs) if every_input or name in used]
     number = {name: i for i, (_, name) in enumerate(inputs)}
     for step in graph.steps:
         number[step.name] = len(number)

@@ -14,7 +14,8 @@ class Zero(nn.Module):
 
 
 def add(first: Tensor, *rest: Tensor) -> Tensor:
-    """Sum of one or more tensors of one shape."""
+    """Sum of one or more tensors of one shape. Raises: ValueError: their shapes differ."""
+    _one_shape("add", first, *rest)
     for other in rest:
         first = first + other
     return first
@@ -26,7 +27,15 @@ def concat(*tensors: Tensor) -> Tensor:
 
 
 def maximum(first: Tensor, *rest: Tensor) -> Tensor:
-    """Element-wise maximum of one or more tensors of one shape."""
+    """Element-wise maximum of one or more tensors of one shape. Raises: ValueError: their shapes differ."""
+    _one_shape("maximum", first, *rest)
     for other in rest:
         first = torch.maximum(first, other)
     return first
+
+
+def _one_shape(function: str, *tensors: Tensor) -> None:
+    """No broadcasting: simplification relies on it. What is traced has no shape yet and is checked by the builder."""
+    shapes = {tuple(tensor.shape) for tensor in tensors if isinstance(tensor, Tensor)}
+    if len(shapes) > 1:
+        raise ValueError(f"{function} needs tensors of one shape")
