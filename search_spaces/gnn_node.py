@@ -29,17 +29,19 @@ from nasgraph.space import Call, Choice, Label, Node, Op, SearchSpace
 HEADS = (1, 2, 4, 8)
 RATES = (0.0, 0.3, 0.5, 0.6, 0.8)
 
-_PLAIN = {"depth": "1", "norm": "none", "propagate": "none"}
+_PLAIN: dict[str, Label] = {"depth": "1", "norm": "none", "propagate": "none"}
 LITERATURE: dict[str, dict[str, Label]] = {
     # Kipf & Welling, ICLR 2017
-    "gcn": {**_PLAIN, "conv1": "gcn", "head": "gcn", "width": 16, "activation": "relu"}
-    | {"input_dropout": 0.5, "dropout": 0.5},
+    "gcn": _PLAIN
+    | {"conv1": "gcn", "head": "gcn", "width": 16, "activation": "relu", "input_dropout": 0.5, "dropout": 0.5},
     # Velickovic et al., ICLR 2018
-    "gat": {**_PLAIN, "conv1": "gat", "head": "gat", "width": 64, "heads": 8, "activation": "elu"}
+    "gat": _PLAIN
+    | {"conv1": "gat", "head": "gat", "width": 64, "heads": 8, "activation": "elu"}
     | {"input_dropout": 0.6, "dropout": 0.6, "attention_dropout": 0.6},
     # Gasteiger et al., ICLR 2019
-    "appnp": {**_PLAIN, "conv1": "fc", "head": "linear", "width": 64, "activation": "relu"}
-    | {"input_dropout": 0.5, "dropout": 0.5, "propagate": "appnp", "steps": 10, "teleport": 0.1},
+    "appnp": _PLAIN
+    | {"conv1": "fc", "head": "linear", "width": 64, "activation": "relu", "input_dropout": 0.5, "dropout": 0.5}
+    | {"propagate": "appnp", "steps": 10, "teleport": 0.1},
 }
 """Choices of networks from the literature that are members of :func:`gnn_node` with its default widths."""
 
