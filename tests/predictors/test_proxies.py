@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nasgraph import registry
 from nasgraph.errors import NotFinite
-from nasgraph.predictors import zero_cost
 from nasgraph.predictors.zero_cost import (
     flops,
     grad_norm,
@@ -310,6 +310,29 @@ def test_too_few_samples_and_lazy_parameters_are_refused() -> None:
         with pytest.raises(ValueError, match="at least"):
             proxy(plain_model(), one)
     lazy = nn.Sequential(nn.LazyLinear(3))
-    for name in zero_cost.PROXIES:
+    for name in registry.names("proxies"):
         with pytest.raises(ValueError, match="run the model once"):
-            getattr(zero_cost, name)(lazy, plain_batch())
+            registry.resolve("proxies", name)(lazy, plain_batch())
+
+
+def test_graph_level_tasks() -> None:
+    from torch_geometric.nn import GCNConv, global_mean_pool
+
+    class OfGraphs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.a, self.b, self.c = GCNConv(5, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor, edge_index: torch.Tensor, graph: torch.Tensor) -> torch.Tensor:
+            pooled = global_mean_pool(self.a(x, edge_index).relu(), graph)
+            return self.c(self.b(pooled).relu())
+
+    x, edges = node_batch().inputs
+    four = torch.arange(24) // 6
+    batch = Batch((x, edges[:, four[edges[0]] == four[edges[1]]], four), torch.tensor([0, 1, 2, 0]))
+    for proxy in (gradsign, snip, grad_norm, zico, synflow, naswot, ntk_cond, params, live_params, flops):
+        assert proxy(OfGraphs(), batch) != 0.0
+    with pytest.raises(ValueError, match="a row for each row"):
+        jacov(OfGraphs(), batch)

