@@ -44,12 +44,14 @@ def tables(draw: st.DrawFn, max_rows: int = 12) -> tuple[np.ndarray, list[Direct
     return values, draw(st.lists(st.sampled_from(["maximize", "minimize"]), min_size=objectives, max_size=objectives))
 
 
+@settings(deadline=None)
 @given(tables())
 def test_front_is_its_definition(table: tuple[np.ndarray, list[Direction]]) -> None:
     values, directions = table
     assert pareto_front(values, directions).tolist() == slow_front(values, directions)
 
 
+@settings(deadline=None)
 @given(tables(), st.randoms(use_true_random=False))
 def test_front_does_not_depend_on_the_order_of_rows(table: tuple[np.ndarray, list[Direction]], rng: object) -> None:
     values, directions = table
@@ -129,6 +131,7 @@ def test_reference_lies_a_tenth_beyond_the_worst() -> None:
     assert found == pytest.approx([0.5 - 0.04, 300 + 20, 0.1, 7 - 0.7])
 
 
+@settings(deadline=None)
 @given(tables())
 def test_every_row_counts_against_the_reference(table: tuple[np.ndarray, list[Direction]]) -> None:
     values, directions = table
