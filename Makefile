@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup search test lint slow clean
+.PHONY: help setup search test lint format slow clean
 help:
 	@echo "make search  set up .venv and run the quickstart search into results/quick"
 	@echo "make test    set up .venv, then lint, type check and test"
 	@echo "make lint    ruff and mypy only"
+	@echo "make format  ruff, rewriting files"
 	@echo "make slow    the tests that take minutes"
 	@echo "make clean   remove .venv and all caches; results/ stays"
 
@@ -24,7 +25,12 @@ search: $(READY)
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 test: lint
 	$(BIN)/pytest
