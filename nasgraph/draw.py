@@ -18,7 +18,7 @@ from nasgraph.space import ConcreteOp, Label, SearchSpace
 
 LINE, CHAR, PAD = 15.0, 6.4, 10.0  # pixels: height of a line of text, width of a character, padding of a box
 GAP_X, GAP_Y, MARGIN = 22.0, 34.0, 14.0  # pixels: between boxes, between layers, around the drawing
-WRAP, MOST_LINES = 38, 7  # characters in a line of a box, lines in a box; the tooltip has the full text
+WRAP, MOST_LINES = 38, 9  # characters in a line of a box, lines in a box; the tooltip has the full text
 SWEEPS = 8
 
 FILL = {"input": "#e9eef5", "op": "#ffffff", "output": "#e4f1e8"}
