@@ -6,6 +6,7 @@ is rounded. ``docs/canonical_key.md`` has the rules, and what they give on NAS-B
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
@@ -44,7 +45,6 @@ class Traits:
 
 Rule = Callable[[Mapping[str, Any]], Traits]
 NOTHING = Traits()
-_NAMES = tuple(field.name for field in fields(Traits))
 
 
 def _always(traits: Traits) -> Rule:
@@ -122,13 +122,20 @@ TABLE = _table()
 
 def traits(op: ConcreteOp) -> Traits:
     """What is known about ``op``: its own declaration (not one that it inherits), else the table's, else nothing."""
-    declared = {name: True for name in _NAMES if getattr(op.make, "__dict__", {}).get(name) is True}
-    if declared:
-        return Traits(**declared)
+    declared = _declared(op.make)
+    if declared is not None:
+        return declared
     if op.kwargs.get("inplace"):
         return NOTHING
     rule = TABLE.get(make_name(op.make))
     return rule(op.kwargs) if rule else NOTHING
+
+
+@functools.lru_cache(maxsize=4096)
+def _declared(make: Callable[..., Any]) -> Traits | None:
+    own = getattr(make, "__dict__", {})
+    names = [field.name for field in fields(Traits) if own.get(field.name) is True]
+    return Traits(**dict.fromkeys(names, True)) if names else None
 
 
 # ---- simplification ---------------------------------------------------------------------------------------------
@@ -197,8 +204,8 @@ class _Shapes:
             facts = known[step.name]
             behind[step.name] = frozenset({step.name}).union(*(behind[name] for name in step.sources))
             below = [self.rank[name][1] for name in step.sources]
-            text = json.dumps([step.op.signature, sorted(below) if facts.commutative else below])
-            self.rank[step.name] = (len(behind[step.name]), hashlib.sha256(text.encode()).hexdigest())
+            made_of = _digest([step.op.signature, *(sorted(below) if facts.commutative else below)])
+            self.rank[step.name] = (len(behind[step.name]), made_of)
             if facts.keeps_shape or facts.identity:
                 for name in step.sources if step.op.is_call else step.sources[:1]:
                     self.parent[self.root(name)] = self.root(step.name)

@@ -122,7 +122,7 @@ def test_one_source_exchanged_is_told_apart_as_vf2_does(graph, rng, data):
 
 
 def test_all_small_graphs_fall_into_as_many_keys_as_classes():
-    """Every graph of three steps, two labels and at most two sources: keys and VF2 give the same classes."""
+    """Every graph of three steps, two labels and two sources each: keys and VF2 give the same classes."""
     graphs = []
     for shape in itertools.product(*([*itertools.product(range(n), repeat=2)] for n in (1, 2, 3))):
         for makes in itertools.product([plain, free], repeat=3):
@@ -131,7 +131,8 @@ def test_all_small_graphs_fall_into_as_many_keys_as_classes():
                 Step(name, op(make), tuple(names[i] for i in sources))
                 for name, make, sources in zip("abc", makes, shape, strict=True)
             ]
-            graphs.append(Graph(("x",), tuple(steps), "c"))
+            if {"a", "b"} <= {name for step in steps for name in step.sources}:
+                graphs.append(Graph(("x",), tuple(steps), "c"))
     alike: dict[tuple[str, ...], list[Graph]] = {}  # VF2 is slow: compare only graphs of the same labels
     for graph in graphs:
         classes = alike.setdefault(tuple(sorted(step.op.label for step in graph.steps)), [])
@@ -139,7 +140,7 @@ def test_all_small_graphs_fall_into_as_many_keys_as_classes():
         assert match in ([], [key(graph)])
         if not match:
             classes.append(graph)
-    assert sum(map(len, alike.values())) == len({key(graph) for graph in graphs}) > 100
+    assert sum(map(len, alike.values())) == len({key(graph) for graph in graphs}) > 50
 
 
 def incidence(edges) -> Graph:
