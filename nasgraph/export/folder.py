@@ -115,7 +115,7 @@ def _draft(request: Request, place: Path, exporters: Mapping[str, Any]) -> _Draf
     space = request.space
     architecture = Architecture(dict(request.architecture))
     dynamic = tuple(declared.dynamic for declared in space.inputs.values())
-    examples = tuple(declared.example.detach().cpu() for declared in space.inputs.values())
+    examples = tuple(_telling(declared.example.detach().cpu()) for declared in space.inputs.values())
     if any(t.shape[axis] < 2 for t, axes in zip(examples, dynamic, strict=True) for axis in axes):
         examples = grown(examples, dynamic)
     model = copy.deepcopy(request.model).cpu().eval()
@@ -139,6 +139,13 @@ def _draft(request: Request, place: Path, exporters: Mapping[str, Any]) -> _Draf
         draft.exported.append(Exported(name, written.path, "ok", None, "", None, None, written.tolerance))
         draft.questions[name] = parity.Question(written, model, inputs)
     return draft
+
+
+def _telling(example: Tensor) -> Tensor:
+    """``example``, or random numbers in its place if it is constant: zeros would hide what a layer does."""
+    if not example.is_floating_point() or example.numel() < 2 or bool((example != example.flatten()[0]).any()):
+        return example
+    return torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example.dtype)
 
 
 def _checked(item: Exported, answer: parity.Answer) -> Exported:

@@ -52,6 +52,8 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
             dynamic_shapes=dynamic,
         )
         assert made is not None
+        for node in made.model.graph.all_nodes():
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine
         made.model.ir_version = min(made.model.ir_version, IR_VERSION)
         size = sum(tensor.nbytes for tensor in outgoing.model.state_dict().values())
         made.save(path, external_data=size > ONE_FILE * 0.9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import fx
 
 from nasgraph.export.base import Outgoing, Written, quiet
 
@@ -24,7 +25,11 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     Raises: what ``torch.export`` raises, e.g. for an operation that would fix the length of a dynamic axis.
     """
     with quiet():
-        torch.export.save(program(outgoing), folder / FILE)
+        made = program(outgoing)
+        for module in made.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # paths of this machine
+        torch.export.save(made, folder / FILE)
     return Written(folder / FILE, RELOAD)
 
 

@@ -96,7 +96,7 @@ class Names:
         if self._origin.get(name) == module:
             return
         statement = source.bindings[name]
-        for bound in _binds(statement):
+        for bound in sorted(set(_binds(statement))):
             if bound in self.bound:
                 raise ExportError(f"two different things are called '{bound}', one of them in {module}: rename yours")
             self._origin[bound] = module
@@ -176,7 +176,9 @@ def own(module: str) -> bool:
         file = spec.origin if spec else None
     if file is None:  # built into Python, or a folder without code
         return False
-    paths = {*sysconfig.get_paths().values(), *site.getsitepackages(), site.getusersitepackages()}
+    installed = sysconfig.get_paths()
+    paths = {*(installed[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")), *site.getsitepackages()}
+    paths.add(site.getusersitepackages())
     if not any(Path(file).resolve().is_relative_to(Path(path).resolve()) for path in paths):
         return True
     packages = importlib.metadata.packages_distributions().get(top, [])

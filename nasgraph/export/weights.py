@@ -22,15 +22,16 @@ def load(path):
 
     with safe_open(path, "pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}
-        shared = json.loads(file.metadata()["shared"])
+        shared = json.loads(file.metadata()["nasgraph"])["shared"]
     return {**weights, **{name: weights[kept] for name, kept in shared.items()}}
 """
 
 
 def export(outgoing: Outgoing, folder: Path) -> Written:
-    """Write ``model.safetensors``: parameters and buffers, with the architecture in the header.
+    """Write ``model.safetensors``: parameters and buffers.
 
-    A tensor that the model has under two names is written once; the header's ``shared`` says which name stands for it.
+    The header's entry ``nasgraph`` is JSON: ``space``, ``key``, ``architecture``, ``version``, and ``shared``: a tensor
+    that the model has under two names is written once, this maps the other name to the one written.
 
     Raises: ExportError: the model's state holds something that is not a tensor.
     """
@@ -41,14 +42,15 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
         if not isinstance(value, Tensor):
             raise ExportError(f"the model's state '{name}' is a {type(value).__name__}: safetensors holds tensors only")
     shared = shared_tensors(state)
-    metadata = {
-        "format": "pt",
+    about = {
         "space": outgoing.space.name,
         "key": outgoing.key,
-        "architecture": outgoing.architecture.to_json(),
-        "nasgraph": nasgraph.__version__,
-        "shared": json.dumps(shared, sort_keys=True),
+        "architecture": dict(outgoing.architecture),
+        "version": nasgraph.__version__,
+        "shared": shared,
     }
+    # One entry: safetensors writes several in an order that differs from run to run.
+    metadata = {"nasgraph": json.dumps(about, sort_keys=True)}
     tensors = {n: t.detach().clone(memory_format=torch.contiguous_format) for n, t in state.items() if n not in shared}
     save_file(tensors, folder / FILE, metadata=metadata)
     return Written(folder / FILE, RELOAD, tolerance=0.0)
