@@ -116,9 +116,7 @@ class ScreenTable:
             values, extra = json.loads(scores), json.loads(info)
             return ScreenRow(index, key, Architecture.from_json(arch), values, reason, detail, seconds, extra)
         except (ValueError, TypeError) as error:
-            raise DamagedFile(
-                f"{self.path}: candidate {columns[0]} is not what was written. {self._remedy}"
-            ) from error
+            raise DamagedFile(f"{self.path}: candidate {columns[0]} is not what was written. {self._remedy}") from error
 
 
 def _plain(row: ScreenRow) -> list[Any]:

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from nasgraph.build import build
 from nasgraph.errors import NotFinite
 from nasgraph.executors import InProcess
+from nasgraph.export import Exported, Request, export_many, verify
 from nasgraph.export.base import grown
 from nasgraph.objectives.base import Scored
+from nasgraph.ops import add
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.study import Direction, Study, TrialRecord
 from nasgraph.tasks.batch import Batch
@@ -362,3 +364,80 @@ class SpaceExam:
         for architecture, results in zip(architectures, export_many(requests), strict=True):
             for result in results:
                 assert result.status == "ok", f"{result.format}: {result.detail}: {architecture}"
+
+
+class ExporterExam:
+    """What every exporter must do: write plain, graph and image networks so that they load without nasgraph.
+
+    ``format`` is the exporter's name, or ``module:function``.
+    """
+
+    format: ClassVar[str]
+
+    @pytest.fixture(scope="class")
+    def exported(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Request, Exported]]:
+        """The result for each kind of network; all are loaded in one process."""
+        folder = tmp_path_factory.mktemp("exam")
+        requests = {}
+        for space in (_plain_network(), _graph_network(), _image_network()):
+            arch = space.architecture({})
+            model = build(space, arch).train()
+            requests[space.name] = Request(model, folder / space.name, space, arch, formats=[self.format])
+        results = export_many(list(requests.values()))
+        return {name: (request, result[0]) for (name, request), result in zip(requests.items(), results, strict=True)}
+
+    @pytest.mark.parametrize("kind", ["plain", "graph", "image"])
+    def test_the_file_reproduces_the_model(self, kind: str, exported: dict[str, tuple[Request, Exported]]) -> None:
+        _, result = exported[kind]
+        assert result.status == "ok", result.detail
+        assert result.path is not None and result.path.is_file()
+        assert result.max_abs_diff is not None and result.max_abs_diff <= 1e-4
+
+    @pytest.mark.parametrize("kind", ["plain", "graph", "image"])
+    def test_leaves_the_model_as_it_was(self, kind: str, exported: dict[str, tuple[Request, Exported]]) -> None:
+        request, _ = exported[kind]
+        fresh = build(request.space, request.architecture).state_dict()
+        assert request.model.training
+        assert all(torch.equal(tensor, fresh[name]) for name, tensor in request.model.state_dict().items())
+
+    def test_damage_is_found(self, exported: dict[str, tuple[Request, Exported]]) -> None:
+        request, result = exported["plain"]
+        verify(request.folder)
+        assert result.path is not None
+        content = result.path.read_bytes()
+        try:
+            result.path.write_bytes(content + b" ")
+            with pytest.raises(DamagedFile, match=result.path.name):
+                verify(request.folder)
+        finally:
+            result.path.write_bytes(content)
+
+
+def _plain_network() -> SearchSpace:
+    space = SearchSpace("plain")
+    node = space.input("x", torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), {0: "batch"})
+    node = space.add("norm", Op(nn.BatchNorm1d), space.add("first", Op(nn.Linear, out_features=8), node))
+    space.output(space.add("head", Op(nn.Linear, out_features=3), space.add("drop", Op(nn.Dropout), node)))
+    return space
+
+
+def _graph_network() -> SearchSpace:
+    from torch_geometric.nn import GATConv, GCNConv
+
+    space = SearchSpace("graph")
+    x, edges = node_batch().inputs
+    node = space.input("x", x, {0: "nodes"})
+    edge_index = space.input("edge_index", edges, {1: "edges"})
+    first = space.add("act", Call(torch.relu), space.add("first", Op(GCNConv, out_channels=8), node, edge_index))
+    second = space.add("second", Op(GATConv, out_channels=4, heads=2), first, edge_index)
+    space.output(space.add("sum", Call(add), first, second))
+    return space
+
+
+def _image_network() -> SearchSpace:
+    space = SearchSpace("image")
+    node = space.input("image", torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), {0: "batch"})
+    node = space.add("norm", Op(nn.BatchNorm2d), space.add("conv", Op(nn.Conv2d, out_channels=4, kernel_size=3), node))
+    node = space.add("flat", Op(nn.Flatten), space.add("pool", Op(nn.AdaptiveAvgPool2d, output_size=1), node))
+    space.output(space.add("head", Op(nn.Linear, out_features=10), node))
+    return space

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -105,3 +106,87 @@ class Unloadable:
 
 def _refuse() -> None:
     raise RuntimeError("cannot be made here")
+
+
+# ---- a search in a child process, to be killed ------------------------------------------------------------------
+
+OBJECTIVES: list[tuple[str, Any]] = [("good", "maximize"), ("size", "minimize")]
+
+
+def search(path: str, sampler: str, trials: int, log: str, moment: tuple[str, int] | None = None) -> None:
+    """Run or resume a search; what is evaluated and what is recorded goes to ``log``. Dies at ``moment``."""
+    import sqlalchemy
+
+    from nasgraph.executors import InProcess
+    from nasgraph.study import Study
+
+    torch.set_num_threads(1)
+    where, when = moment or ("never", 0)
+    seen = 0
+
+    def here(name: str) -> None:
+        nonlocal seen
+        if name == where:
+            seen += 1
+            if seen > when:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def write(*words: Any) -> None:
+        with open(log, "a") as file:
+            file.write(" ".join(map(str, words)) + "\n")
+
+    def evaluate(arch: Mapping[str, Any]) -> Result:
+        here("evaluating")
+        write("evaluated", space.key(arch))
+        here("evaluated")
+        return failing_seldom(arch)
+
+    space = chain()
+    study = Study(path, "search", space, OBJECTIVES, sampler, seed=3, limits={"size": 90.0})
+    engine = study._stored._storage._backend.engine  # type: ignore[attr-defined]
+    sqlalchemy.event.listen(engine, "before_cursor_execute", lambda *arguments: here("statement"))
+    sqlalchemy.event.listen(engine, "commit", lambda *arguments: here("commit"))
+
+    def recorded(record: Any) -> None:
+        write("recorded", record.number, record.key)
+        here("recorded")
+
+    with InProcess(evaluate) as executor:
+        study.run(trials, executor, recorded)
+
+
+def failing_seldom(arch: Mapping[str, Any]) -> Result:
+    if arch["act0"] == "tanh" and arch["width0"] < 16:
+        return Failed("error", "too narrow for tanh")
+    return toy(arch)
+
+
+def hold(path: str, ready: Any) -> None:
+    """Run a search that never ends."""
+    from nasgraph.executors import InProcess
+    from nasgraph.study import Study
+
+    def evaluate(arch: Mapping[str, Any]) -> Result:
+        ready.send("running")
+        time.sleep(600)
+        return toy(arch)
+
+    with InProcess(evaluate) as executor:
+        Study(path, "search", chain(), OBJECTIVES, "random", seed=3).run(3, executor)
+
+
+def screen_and_die(folder: str, count: int) -> None:
+    """Screen 100 candidates, and die by kill -9 while the network number ``count`` is scored."""
+    from nasgraph.screen import ScreenTable, screen
+
+    left = count
+
+    def score(arch: Mapping[str, Any]) -> Result:
+        nonlocal left
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return failing_seldom(arch)
+
+    with ScreenTable(f"{folder}/screen.db") as table:
+        screen(chain(), score, table, 100, 1)

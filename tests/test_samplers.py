@@ -51,9 +51,17 @@ def test_a_class_without_a_seed_is_made_without_one() -> None:
     ("name", "arguments", "message"),
     [
         ("tpee", {}, "unknown sampler 'tpee'. Did you mean 'tpe'"),
-        ("nsga2", {"populaton_size": 5}, "sampler 'nsga2' has no argument 'populaton_size'. Did you mean 'population_si"),
+        (
+            "nsga2",
+            {"populaton_size": 5},
+            "sampler 'nsga2' has no argument 'populaton_size'. Did you mean 'population_si",
+        ),
         ("random", {"x": 1}, "sampler 'random' has no argument 'x'. Arguments: none"),
-        ("optuna.samplers:NSGAIISampler", {"population_size": 1}, "`population_size` must be greater than or equal to 2"),
+        (
+            "optuna.samplers:NSGAIISampler",
+            {"population_size": 1},
+            "`population_size` must be greater than or equal to 2",
+        ),
         ("optuna.samplers:GridSampler", {}, "search_space"),
         ("collections:Counter", {}, "makes a Counter, not an optuna.samplers.BaseSampler"),
         ("builtins:dict", {}, "is not a class or function whose arguments can be read"),
