@@ -7,16 +7,20 @@ Source: Qin, Zhang, Wang, Zhang & Zhu, NAS-Bench-Graph: Benchmarking Graph Neura
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from torch import nn
 from torch_geometric.nn import ARMAConv, ChebConv, GATConv, GCNConv, GINConv, GraphConv, SAGEConv
 
-from nasgraph.errors import DamagedFile, DataError, SpaceError, did_you_mean
+from nasgraph.errors import ConfigError, DamagedFile, DataError, NasgraphError, SpaceError, did_you_mean
+from nasgraph.objectives import Failed, Result, Scored
 from nasgraph.ops import concat
 from nasgraph.search_spaces.inputs import graph_inputs
 from nasgraph.space import Architecture, Call, Choice, Label, Node, Op, SearchSpace, Source, Switch
@@ -277,14 +281,14 @@ class Table:
         file = _table_file(path)
         self.dataset = dataset
         try:
-            with np.load(file, allow_pickle=False) as table:
+            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as table:
                 known = sorted({name.partition("/")[0] for name in table.files if "/" in name})
                 if dataset not in known:
                     hint = did_you_mean(dataset, known)
                     raise DataError(f"{file} has no dataset '{dataset}'.{hint} It has: {', '.join(known)}")
                 self.hash = table["hash"].astype(np.int64)
                 self._columns = {name: table[f"{dataset}/{name}"].astype(np.float64) for name in self.COLUMNS}
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error) as error:
             raise DamagedFile(f"{file} is not a table of NAS-Bench-Graph: {error}") from error
         self.valid_perf, self.perf, self.latency, self.para = self._columns.values()
         self._index = {int(number): i for i, number in enumerate(self.hash)}
@@ -311,6 +315,44 @@ class Table:
             digits = f"{int(number):05}"
             found.append(architecture(LINKS[int(digits[0])], [OPS[int(digit)] for digit in digits[1:]]))
         return found
+
+
+class TableEvaluator:
+    """Scores architectures by looking them up: a search that costs no training.
+
+    Args:
+        dataset, path: of the :class:`Table`; it is read at first use, in each process.
+        objectives: which of ``valid_perf`` (maximize), ``latency`` and ``para`` (minimize).
+
+    ``info["perf"]`` of a result is the test accuracy: for the report, never for the search.
+    """
+
+    def __init__(
+        self,
+        dataset: str = "cora",
+        path: str | os.PathLike[str] | None = None,
+        objectives: Sequence[str] = ("valid_perf",),
+    ) -> None:
+        for name in objectives:
+            if name not in Table.COLUMNS or name == "perf":
+                raise ConfigError(f"objective '{name}' is not one of valid_perf, latency, para")
+        self.dataset, self.path, self.objectives = dataset, path, tuple(objectives)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "table"}
+
+    @cached_property
+    def table(self) -> Table:
+        """The table that is looked up."""
+        return Table(self.dataset, self.path)
+
+    def __call__(self, architecture: Mapping[str, Label]) -> Result:
+        """The measurements of an architecture, or why there are none."""
+        try:
+            found = self.table.lookup(architecture)
+        except NasgraphError as error:
+            return Failed("error", str(error))
+        return Scored({name: found[name] for name in self.objectives}, {"perf": found["perf"]})
 
 
 def _table_file(path: str | os.PathLike[str] | None) -> Path:
