@@ -76,10 +76,12 @@ def build_graph(space: SearchSpace, graph: Graph, seed: int = 0) -> fx.GraphModu
                 shapes.after(step, None)
                 continue
             made = _made(step.op, shapes.channels(step.sources[0]))
-            torch.manual_seed(node_seed(seed, step.name))
+            if step.name in _taken_names():
+                raise SpaceError(f"node '{step.name}': every model has an attribute of this name; choose another")
+            torch.default_generator.manual_seed(node_seed(seed, step.name))
             try:
                 module = made()
-            except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+            except Exception as error:
                 raise SpaceError(f"node '{step.name}': {_written(made)} failed: {error}") from error
             shapes.after(step, module)
             calls[step.name] = made
@@ -89,6 +91,11 @@ def build_graph(space: SearchSpace, graph: Graph, seed: int = 0) -> fx.GraphModu
     model = fx.GraphModule(root, code, class_name="Network")
     model.meta["calls"] = calls
     return model
+
+
+@functools.cache
+def _taken_names() -> frozenset[str]:
+    return frozenset(dir(fx.GraphModule(nn.Module(), fx.Graph())))
 
 
 def node_seed(seed: int, name: str) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import keyword
 import math
 import operator
 import random
@@ -270,6 +271,9 @@ class Architecture(Mapping[str, Label]):
     def __hash__(self) -> int:
         return self._hash
 
+    def __reduce__(self) -> tuple[type[Architecture], tuple[dict[str, Label]]]:
+        return Architecture, (self._choices,)  # another process hashes text differently
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Architecture) and self._choices == other._choices
 
@@ -351,7 +355,7 @@ class SearchSpace:
         self.constraints[name] = holds
 
     def _new(self, name: str) -> Node:
-        if not name.isidentifier():
+        if not name.isidentifier() or keyword.iskeyword(name):
             raise SpaceError(f"node name '{name}' is not an identifier: it becomes an attribute of the model")
         if name in self._ops or name in self.inputs:
             raise SpaceError(f"node '{name}' is declared twice")
@@ -797,7 +801,8 @@ def _plain(thing: Any) -> Any:
     if isinstance(thing, Node):
         return {"node": thing.name}
     if isinstance(thing, Op | ConcreteOp):
-        return {"op": make_name(thing.make), "kwargs": _plain(thing.kwargs)}
+        takes = {} if thing.takes is None else {"takes": thing.takes}
+        return {"op": make_name(thing.make), "kwargs": _plain(thing.kwargs), **takes}
     if isinstance(thing, _Arithmetic):
         return {thing.function.__name__: [_plain(thing.left), _plain(thing.right)]}
     if isinstance(thing, dict):
@@ -806,4 +811,7 @@ def _plain(thing: Any) -> Any:
         return [_plain(item) for item in thing]
     if isinstance(thing, str | int | float | bool | None):
         return thing
-    return make_name(thing) if callable(thing) else repr(thing)
+    text = make_name(thing) if callable(thing) and hasattr(thing, "__qualname__") else repr(thing)
+    if " at 0x" in text:
+        raise SpaceError(f"{text} has no name that lasts: pass a plain value, a class, a function or an Op")
+    return text
