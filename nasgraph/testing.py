@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from nasgraph.build import build
-from nasgraph.errors import NotFinite
+from nasgraph.errors import DamagedFile, NotFinite
 from nasgraph.executors import InProcess
 from nasgraph.export import Exported, Request, export_many, verify
 from nasgraph.export.base import grown
 from nasgraph.objectives.base import Scored
 from nasgraph.ops import add
-from nasgraph.space import Architecture, Choice, Op, SearchSpace
+from nasgraph.space import Architecture, Call, Choice, Op, SearchSpace
 from nasgraph.study import Direction, Study, TrialRecord
 from nasgraph.tasks.batch import Batch
 
@@ -375,21 +375,22 @@ class ExporterExam:
     format: ClassVar[str]
 
     @pytest.fixture(scope="class")
-    def exported(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Request, Exported]]:
+    @classmethod
+    def exported(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Request, Exported]]:
         """The result for each kind of network; all are loaded in one process."""
         folder = tmp_path_factory.mktemp("exam")
         requests = {}
         for space in (_plain_network(), _graph_network(), _image_network()):
             arch = space.architecture({})
             model = build(space, arch).train()
-            requests[space.name] = Request(model, folder / space.name, space, arch, formats=[self.format])
+            requests[space.name] = Request(model, folder / space.name, space, arch, formats=[cls.format])
         results = export_many(list(requests.values()))
         return {name: (request, result[0]) for (name, request), result in zip(requests.items(), results, strict=True)}
 
     @pytest.mark.parametrize("kind", ["plain", "graph", "image"])
     def test_the_file_reproduces_the_model(self, kind: str, exported: dict[str, tuple[Request, Exported]]) -> None:
         _, result = exported[kind]
-        assert result.status == "ok", result.detail
+        assert (result.format, result.status) == (self.format, "ok"), result.detail
         assert result.path is not None and result.path.is_file()
         assert result.max_abs_diff is not None and result.max_abs_diff <= 1e-4
 

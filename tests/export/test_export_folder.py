@@ -308,6 +308,23 @@ def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     assert result.format == "safetensors"
 
 
+def test_a_stopped_export_leaves_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = rows()
+    arch = space.architecture({})
+    export_model(build(space, arch), tmp_path / "old", space=space, architecture=arch, formats=["safetensors"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parity, "ask", stopped)
+    for name in ("old", "new"):
+        with pytest.raises(KeyboardInterrupt):
+            export_model(build(space, arch, 1), tmp_path / name, space=space, architecture=arch, formats=["code"])
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
 def test_grown_inputs_keep_indices_valid_and_batches_sorted() -> None:
     x, edges, batch = torch.randn(4, 2), torch.tensor([[0, 1, 3], [1, 2, 0]]), torch.tensor([0, 0, 1, 1])
     dynamic = ({0: "nodes"}, {1: "edges"}, {0: "nodes"})
