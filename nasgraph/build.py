@@ -71,9 +71,11 @@ def build_graph(space: SearchSpace, graph: Graph, seed: int = 0) -> fx.GraphModu
         for step in graph.steps:
             sources = [values[name] for name in step.sources]
             if step.op.is_call:
-                result = step.op.make(*(fx.Proxy(source, tracer) for source in sources), **step.op.kwargs)
-                values[step.name] = result.node
                 shapes.after(step, None)
+                try:
+                    values[step.name] = step.op.make(*(fx.Proxy(s, tracer) for s in sources), **step.op.kwargs).node
+                except Exception as error:
+                    raise SpaceError(f"node '{step.name}' ({step.op.label}) cannot be traced: {error}") from error
                 continue
             made = _made(step.op, shapes.channels(step.sources[0]))
             if step.name in _taken_names():
