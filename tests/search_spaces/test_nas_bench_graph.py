@@ -200,6 +200,37 @@ def test_designs_of_a_row_differ_for_known_reasons(
     assert all(len({space.key(found) for found in group}) == 1 for group in sample)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dataset", "any_order", "expected"),
+    [
+        ("cora", False, (50_688, 11_598, 2_988, 0)),
+        ("cora", True, (31_658, 1_612, 1_612, 0)),
+        ("computers", False, (55_800, 11_598, 2_988, 0)),
+        ("computers", True, (35_558, 1_612, 1_612, 0)),
+    ],
+)
+def test_keys_and_rows(
+    dataset: str, any_order: bool, expected: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of docs/spaces.md: keys, rows with several keys, those with a skip, keys with several rows."""
+    if any_order:
+        name = "nasgraph.ops.concat"
+        rule = nasgraph.canonical.TABLE[name]
+        monkeypatch.setitem(nasgraph.canonical.TABLE, name, lambda kwargs: replace(rule(kwargs), commutative=True))
+    space = nas_bench_graph(dataset, features=5, classes=3, width=8)
+    keys: dict[int, set[str]] = {}
+    rows: dict[str, set[int]] = {}
+    for found in space.enumerate():
+        key, number = space.key(found), row(found)
+        keys.setdefault(number, set()).add(key)
+        rows.setdefault(key, set()).add(number)
+    several = [number for number, names in keys.items() if len(names) > 1]
+    with_skip = sum(str(OPS.index("skip")) in f"{number:05}"[1:] for number in several)
+    assert len(keys) == 26_206
+    assert (len(rows), len(several), with_skip, sum(len(numbers) > 1 for numbers in rows.values())) == expected
+
+
 # ---- parameters -------------------------------------------------------------------------------------------------
 
 
