@@ -17,6 +17,7 @@ from nasgraph import manifest, search
 from nasgraph.cli import main
 from nasgraph.config import Config, parse
 from nasgraph.errors import ConfigError, DamagedFile
+from nasgraph.run import Run
 
 TINY = {
     "space": {"name": "gnn_node", "layers": 2, "widths": [8, 16]},
@@ -53,7 +54,7 @@ def rows(run: Path) -> list[dict[str, str]]:
 
 def results(run: Path) -> list[tuple[object, ...]]:
     """All that a search found, without wall times."""
-    opened = search.Run.open(run)
+    opened = Run.open(run)
     return [
         (name, r.number, r.state, r.arch, r.key, r.values, r.reused)
         for name in ("search", "random")
@@ -139,7 +140,7 @@ def test_child_processes_find_the_same_in_the_screen(run: Path, tmp_path: Path) 
     folder = tmp_path / "two"
     settings = tiny(search={"trials": 4, "workers": 2, "sampler": "random", "timeout_s": 120}, export=["safetensors"])
     assert search.start(settings, folder, quiet=True) == 0
-    first, second = search.Run.open(run).screened(), search.Run.open(folder).screened()
+    first, second = Run.open(run).screened(), Run.open(folder).screened()
     assert [(row.key, row.values) for row in first] == [(row.key, row.values) for row in second]
 
 

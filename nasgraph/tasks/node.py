@@ -203,16 +203,27 @@ def from_function(function: str, seed: int = 0) -> NodeTask:
 
 def _digits(k: int, labels_per_class: int, seed: int) -> NodeData:
     from sklearn.datasets import load_digits
-    from sklearn.neighbors import kneighbors_graph
 
-    pixels, labels = load_digits(return_X_y=True)
-    near = kneighbors_graph(pixels, k, include_self=False)
-    edges = near.maximum(near.T).tocoo()
-    x, y = torch.from_numpy(pixels / 16.0).float(), torch.from_numpy(labels).long()
-    edge_index = torch.stack([torch.from_numpy(edges.row).long(), torch.from_numpy(edges.col).long()])
+    pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
+    x, y = (pixels / 16.0).float(), labels.long()
+    near = _nearest(pixels, k)
+    edge_index = (near | near.T).nonzero().T.contiguous()
     generator = torch.Generator().manual_seed(seed)
     chosen, rest = _per_class(y, torch.arange(len(y)), labels_per_class, generator, "digits_knn")
     return NodeData(x, edge_index, y, chosen, rest[:500].sort().values, rest[500:].sort().values)
+
+
+def _nearest(points: Tensor, k: int) -> Tensor:
+    """Whether j is one of the k nearest others of i, ``(n, n)``; of equally near ones the first.
+
+    Exact for integer coordinates, so ties do not depend on the number of threads, as they do in a k-d tree or a BLAS
+    that adds in another order.
+    """
+    squares = points.square().sum(dim=1)
+    distances = squares[:, None] + squares[None, :] - 2 * points @ points.T
+    distances.fill_diagonal_(torch.inf)
+    nearest = distances.sort(dim=1, stable=True).indices[:, :k]
+    return torch.zeros(len(points), len(points), dtype=torch.bool).scatter_(1, nearest, True)
 
 
 def _planetoid(dataset: str, root: str | None) -> NodeData:
