@@ -17,6 +17,7 @@ from nasgraph import ops
 from nasgraph.build import build
 from nasgraph.errors import ConfigError, DamagedFile, NasgraphError
 from nasgraph.export import Exported, Outgoing, Request, Written, export_many, export_model, parity, verify
+from nasgraph.export import onnx as onnx_exporter
 from nasgraph.export.base import grown, sizes
 from nasgraph.space import Call, Choice, Op, SearchSpace
 
@@ -323,6 +324,21 @@ def test_a_stopped_export_leaves_nothing_half_done(tmp_path: Path, monkeypatch: 
             export_model(build(space, arch, 1), tmp_path / name, space=space, architecture=arch, formats=["code"])
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+
+
+def test_weights_too_large_for_one_onnx_file_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_exporter, "ONE_FILE", 10)
+    space = SearchSpace("wide")
+    x = space.input("x", torch.randn(4, 5, generator=torch.Generator().manual_seed(0)), {0: "batch"})
+    space.output(space.add("head", Op(nn.Linear, out_features=1000), x))
+    arch = space.architecture({})
+    (result,) = export_model(build(space, arch), tmp_path / "out", space=space, architecture=arch, formats=["onnx"])
+    assert result.status == "ok", result.detail
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"README.md", "architecture.json", "parity.json", "model.onnx", "model.onnx.data"}
+    (tmp_path / "out" / "model.onnx.data").write_bytes(b"")
+    with pytest.raises(DamagedFile, match=r"model\.onnx\.data"):
+        verify(tmp_path / "out")
 
 
 def test_grown_inputs_keep_indices_valid_and_batches_sorted() -> None:
