@@ -76,6 +76,8 @@ def build_graph(space: SearchSpace, graph: Graph, seed: int = 0) -> fx.GraphModu
                     values[step.name] = step.op.make(*(fx.Proxy(s, tracer) for s in sources), **step.op.kwargs).node
                 except Exception as error:
                     raise SpaceError(f"node '{step.name}' ({step.op.label}) cannot be traced: {error}") from error
+                if values[step.name] not in sources:
+                    values[step.name]._rename(step.name)  # in the model's code the result is called like its node
                 continue
             made = _made(step.op, shapes.channels(step.sources[0]))
             if step.name in _taken_names():

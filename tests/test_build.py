@@ -53,8 +53,8 @@ def test_the_code_can_be_read():
         "first = self.first(x)",
         "norm = self.norm(first)",
         "second = self.second(norm)",
-        "cat = torch.cat((second, first), dim = -1)",
-        "head = self.head(cat)",
+        "joined = torch.cat((second, first), dim = -1)",
+        "head = self.head(joined)",
         "return head",
     ]
     assert [name for name, _ in model.named_children()] == ["first", "norm", "second", "head"]
