@@ -75,10 +75,17 @@ ACTIVATIONS = (
 )
 
 
+def _pool(kwargs: Mapping[str, Any]) -> Traits:
+    size, stride, padding = (kwargs.get(name) for name in ("kernel_size", "stride", "padding"))
+    centred = isinstance(size, int) and isinstance(padding, int) and size == 1 + 2 * padding
+    return Traits(
+        keeps_zero=True, pure=True, keeps_shape=centred and stride == 1 and kwargs.get("dilation", 1) == 1
+    )
+
+
 def _table() -> dict[str, Rule]:
     activation = _always(Traits(keeps_zero=True, keeps_shape=True, pure=True))
     squash = _always(Traits(keeps_shape=True, pure=True))
-    pool = _always(Traits(keeps_zero=True, pure=True))
     rules: dict[str, Rule] = {
         "nasgraph.ops.Zero": _always(Traits(zero=True, keeps_zero=True, keeps_shape=True, pure=True)),
         "nasgraph.ops.add": _always(
@@ -104,7 +111,7 @@ def _table() -> dict[str, Rule]:
         rules[f"torch.nn.{name}"] = _alpha_dropout
     for axes in ("1d", "2d", "3d"):
         for name in ("MaxPool", "AvgPool", "AdaptiveMaxPool", "AdaptiveAvgPool"):
-            rules[f"torch.nn.{name}{axes}"] = pool
+            rules[f"torch.nn.{name}{axes}"] = _pool
         rules[f"torch.nn.BatchNorm{axes}"] = _without("affine", Traits(keeps_shape=True))
         rules[f"torch.nn.Conv{axes}"] = rules[f"torch.nn.ConvTranspose{axes}"] = _without("bias", NOTHING)
     rules["torch.nn.Linear"] = _without("bias", NOTHING)
@@ -159,78 +166,94 @@ def simplify(graph: Graph) -> Graph:
 
 
 def _propagate(graph: Graph) -> Graph:
+    """One pass forwards: every step becomes itself with simpler sources, or another name for something before it."""
     known = {step.name: traits(step.op) for step in graph.steps}
-    shape = _Shapes(graph, known) if any(facts.zero for facts in known.values()) else None
+    alike = _Alike(graph, known)
+    zero_of: dict[str, str] = {}  # of each class of tensors of one shape, its zero
     stands_for: dict[str, str] = {name: name for name in graph.inputs}
     zeros: set[str] = set()
     done: dict[tuple[str, tuple[str, ...]], str] = {}
     steps: list[Step] = []
-    # With zeros, what depends on least comes first, so that the tensor which gives a zero its shape is met before it.
-    for step in shape.by_rank(graph.steps) if shape else graph.steps:
+    for step in graph.steps:
         facts = known[step.name]
         sources = tuple(stands_for[name] for name in step.sources)
         if facts.drops_zero:
             sources = tuple(name for name in sources if name not in zeros) or sources[:1]
-        if facts.identity or (facts.associative and len(sources) == 1):
-            stands_for[step.name] = sources[0]
-            continue
-        read = sources if step.op.is_call else sources[:1]
-        if facts.zero or (facts.keeps_zero and all(name in zeros for name in read)):
-            zeros.add(step.name)
-            if facts.keeps_shape and sources[0] in zeros:
-                stands_for[step.name] = sources[0]
-                continue
-        if facts.zero and shape is not None:
-            sources = (stands_for[shape.earliest(step.name)],)
-        if facts.pure:
+        twin = step.name
+        if facts.zero:
+            twin = zero_of.setdefault(alike.root(step.name), step.name)
+            zeros.add(twin)
+            sources = ()  # found below, once it is known what is left
+        elif facts.identity or (facts.associative and len(sources) == 1):
+            twin = sources[0]
+        elif facts.keeps_zero and all(name in zeros for name in (sources if step.op.is_call else sources[:1])):
+            twin = sources[0] if facts.keeps_shape else step.name
+            zeros.add(twin)
+        elif facts.pure:
             ordered = tuple(sorted(sources)) if facts.commutative else sources
             twin = done.setdefault((step.op.signature, ordered), step.name)
-            if twin != step.name:
-                stands_for[step.name] = twin
-                continue
-        stands_for[step.name] = step.name
-        steps.append(Step(step.name, step.op, sources))
-    return Graph(graph.inputs, tuple(steps), stands_for[graph.output])
+        stands_for[step.name] = twin
+        alike.join(step.name, twin)
+        if twin == step.name:
+            steps.append(Step(step.name, step.op, sources))
+    simple = Graph(graph.inputs, tuple(steps), stands_for[graph.output])
+    return _with_shapes(simple, alike, set(zero_of.values())) if zero_of else simple
 
 
-class _Shapes:
-    """Which tensors are known to have one shape, and the earliest of them: an input, else what depends on least."""
+class _Alike:
+    """Classes of tensors that are known to have one shape."""
 
     def __init__(self, graph: Graph, known: Mapping[str, Traits]) -> None:
         self.parent = {name: name for name in (*graph.inputs, *(step.name for step in graph.steps))}
-        self.rank: dict[str, tuple[int, str]] = {name: (0, f"{i:04}") for i, name in enumerate(graph.inputs)}
-        behind: dict[str, frozenset[str]] = {name: frozenset() for name in graph.inputs}
         for step in graph.steps:
-            facts = known[step.name]
-            behind[step.name] = frozenset({step.name}).union(*(behind[name] for name in step.sources))
-            below = [self.rank[name][1] for name in step.sources]
-            made_of = _digest([step.op.signature, *(sorted(below) if facts.commutative else below)])
-            self.rank[step.name] = (len(behind[step.name]), made_of)
-            if facts.keeps_shape or facts.identity:
+            if known[step.name].keeps_shape or known[step.name].identity:
                 for name in step.sources if step.op.is_call else step.sources[:1]:
-                    self.parent[self.root(name)] = self.root(step.name)
-        self.first: dict[str, str] = {}
-        tied = False
-        for name in sorted(self.parent, key=lambda name: self.rank[name]):
-            first = self.first.setdefault(self.root(name), name)
-            tied = tied or (name != first and self.rank[name] == self.rank[first])
-        if tied:  # look-alikes, which differ in what reads them at most: the canonical order tells them apart
-            order = canonical_order(labelled_graph(graph, every_input=True))
-            names = [*graph.inputs, *(step.name for step in graph.steps)]
-            self.first = {}
-            for name in sorted((names[vertex] for vertex in order), key=lambda name: self.rank[name]):
-                self.first.setdefault(self.root(name), name)
+                    self.join(name, step.name)
 
-    def by_rank(self, steps: Sequence[Step]) -> list[Step]:
-        return sorted(steps, key=lambda step: self.rank[step.name][0])
+    def join(self, name: str, other: str) -> None:
+        self.parent[self.root(name)] = self.root(other)
 
     def root(self, name: str) -> str:
         while self.parent[name] != name:
+            self.parent[name] = self.parent[self.parent[name]]
             name = self.parent[name]
         return name
 
-    def earliest(self, name: str) -> str:
-        return self.first[self.root(name)]
+
+def _with_shapes(graph: Graph, alike: _Alike, zeros: set[str]) -> Graph:
+    """Each of ``zeros`` reads the tensor of its shape that is soonest computed; of several, by what they are made of.
+
+    A zero is deeper than what it reads, so following depths upwards never leads to a circle.
+    """
+    names = [*graph.inputs, *(step.name for step in graph.steps)]
+    classes: dict[str, list[str]] = {alike.root(zero): [] for zero in zeros}
+    for name in names:
+        if name not in zeros and alike.root(name) in classes:
+            classes[alike.root(name)].append(name)
+    members = {zero: classes[alike.root(zero)] for zero in zeros}
+    never = (len(names) * 2, "")
+    rank: dict[str, tuple[int, str]] = {name: (0, f"{i:04}") for i, name in enumerate(graph.inputs)}
+    of_zero = dict.fromkeys(zeros, never)
+    while True:
+        for step in graph.steps:
+            if step.name in zeros:
+                rank[step.name] = of_zero[step.name]
+                continue
+            below = [rank[name] for name in step.sources]
+            made_of = [made for _, made in (sorted(below) if traits(step.op).commutative else below)]
+            rank[step.name] = (min(never[0], 1 + max(below)[0]), _digest([step.op.signature, *made_of]))
+        found = {zero: min(rank[name] for name in members[zero]) for zero in zeros}
+        after = {zero: (depth + 1, _digest(["zero", made])) for zero, (depth, made) in found.items()}
+        if after == of_zero:
+            break
+        of_zero = after
+    order = {name: 0 for name in names}
+    best = {zero: [name for name in members[zero] if rank[name] == found[zero]] for zero in zeros}
+    if any(len(some) > 1 for some in best.values()):  # they differ in what reads them, if at all
+        order = {names[vertex]: i for i, vertex in enumerate(canonical_order(labelled_graph(graph, every_input=True)))}
+    reads = {zero: min(some, key=lambda name: order[name]) for zero, some in best.items()}
+    steps = [Step(s.name, s.op, (reads[s.name],)) if s.name in zeros else s for s in graph.steps]
+    return _ordered(Graph(graph.inputs, tuple(steps), graph.output), {name: i for i, name in enumerate(names)})
 
 
 def _reachable(graph: Graph) -> Graph:

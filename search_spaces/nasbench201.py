@@ -55,21 +55,28 @@ def edge_choices() -> dict[tuple[int, int], Choice]:
     operations = {
         "none": Op(Zero),
         "skip_connect": Op(nn.Identity),
-        "nor_conv_1x1": Op(relu_conv_bn, kernel_size=1),
-        "nor_conv_3x3": Op(relu_conv_bn, kernel_size=3),
+        "nor_conv_1x1": Op(nor_conv, kernel_size=1),
+        "nor_conv_3x3": Op(nor_conv, kernel_size=3),
         "avg_pool_3x3": Op(nn.AvgPool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False),
     }
     return {(source, node): Choice(f"edge_{source}_{node}", operations) for source, node in EDGES}
 
 
-def relu_conv_bn(in_channels: int, kernel_size: int, out_channels: int | None = None, stride: int = 1) -> nn.Sequential:
-    """ReLU, convolution, batch normalisation; as many channels as come in unless ``out_channels`` says otherwise."""
-    width = out_channels or in_channels
+def relu_conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
+    """ReLU, convolution, batch normalisation: ``(B, in, H, W)`` -> ``(B, out, H/stride, W/stride)``."""
     return nn.Sequential(
         nn.ReLU(),
-        nn.Conv2d(in_channels, width, kernel_size, stride, padding=kernel_size // 2, bias=False),
-        nn.BatchNorm2d(width),
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False),
+        nn.BatchNorm2d(out_channels),
     )
+
+
+def nor_conv(in_channels: int, kernel_size: int) -> nn.Sequential:
+    """The cell's convolutions: :func:`relu_conv_bn` with as many channels as come in."""
+    return relu_conv_bn(in_channels, in_channels, kernel_size)
+
+
+nor_conv.keeps_shape = True  # type: ignore[attr-defined]  # simplification asks for it, see canonical.Traits
 
 
 def to_string(architecture: Mapping[str, Label]) -> str:
