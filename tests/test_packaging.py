@@ -181,5 +181,5 @@ def test_every_dependency_has_a_lower_bound_and_a_tested_version_above_it(metada
 def test_make_and_readme_name_the_same_commands() -> None:
     makefile, readme = (ROOT / "Makefile").read_text(), (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
-    used = set(re.findall(r"^\s+make (\w+)", readme, re.MULTILINE))
+    used = set(re.findall(r"^\s*make (\w+)", readme, re.MULTILINE))
     assert {"search", "test"} <= used <= targets

@@ -80,6 +80,7 @@ def test_a_users_folder_called_search_spaces_does_not_hide_the_catalogue(
 ) -> None:
     package = tmp_path / "search_spaces"
     package.mkdir()
+    (package / "__init__.py").touch()
     (package / "mine.py").write_text("def space(): return 'the user'\n")
     try:
         assert registry.resolve("spaces", "search_spaces.mine:space")() == "the user"
