@@ -192,14 +192,14 @@ def test_graph_convolutions(conv: Any, line: str | None, tmp_path: Path) -> None
     text = written(outgoing(graph_space(conv())), tmp_path)
     assert f"        {line}\n" in text
     assert "from torch_geometric.nn import" in text
-    assert "conv = self.conv(x, edge_index)\n        relu = torch.relu(conv)\n" in text
+    assert "conv = self.conv(x, edge_index)\n        act = torch.relu(conv)\n" in text
 
 
 def test_images(tmp_path: Path) -> None:
     text = written(outgoing(image_space()), tmp_path)
     assert "self.first = nn.Conv2d(in_channels=3, out_channels=4, kernel_size=3, padding=1)" in text
     assert "from torch.nn import functional as F\n" in text
-    assert "relu = F.relu(second" in text and "add = relu + norm\n" in text
+    assert "act = F.relu(second" in text and "mix = act + norm\n" in text
     assert "image (batch, 3, 8, 8) float32" in text
 
 
