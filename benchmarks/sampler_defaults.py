@@ -68,8 +68,8 @@ def main() -> None:
         f"`OMP_NUM_THREADS=1 python benchmarks/sampler_defaults.py --seeds {arguments.seeds}`",
         "",
         f"optuna {optuna.__version__}, Python {platform.python_version()}. Hypervolume gained over random search with "
-        f"the same seed and budget (mean over {arguments.seeds} random problems, with its standard error); random search "
-        "reaches " + ", ".join(f"{found['random'][:, i].mean():.0f}" for i in range(len(BUDGETS))) + ".",
+        f"the same seed and budget (mean over {arguments.seeds} random problems, with its standard error); random "
+        "search reaches " + ", ".join(f"{found['random'][:, i].mean():.0f}" for i in range(len(BUDGETS))) + ".",
         "",
         "| sampler | " + " | ".join(f"{budget} trials" for budget in BUDGETS) + " |",
         "|---" * (len(BUDGETS) + 1) + "|",

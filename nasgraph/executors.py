@@ -16,7 +16,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import connection
@@ -24,8 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from nasgraph.errors import ConfigError, NasgraphError, NotFinite, SearchStopped
-from nasgraph.objectives.base import Failed, Result, Scored
+from nasgraph.errors import ConfigError, NasgraphError, SearchStopped
+from nasgraph.objectives.base import Failed, Result, Scored, failure
 
 Evaluate = Callable[[Any], "Result | Mapping[str, float]"]
 
@@ -48,23 +47,6 @@ class Executor(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-def failure(error: BaseException) -> Failed:
-    """What an exception of a candidate is recorded as."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    detail = f"{type(error).__name__}: {error}{where}"
-    if isinstance(error, NotFinite):
-        return Failed("not_finite", detail)
-    if isinstance(error, SystemExit):
-        return Failed("exit", f"called sys.exit({error.code!r}){where}")
-    text = str(error).lower()
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    ):
-        return Failed("out_of_memory", detail)
-    return Failed("error", detail)
 
 
 def guarded(evaluate: Evaluate, payload: Any) -> Result:
@@ -213,11 +195,10 @@ class Processes:
     def _dispatch(self) -> None:
         for worker in self._workers:
             if self._queue and worker.ready and worker.ticket is None:
-                ticket, payload = self._queue.popleft()
-                worker.ticket = ticket
-                worker.deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
-                with contextlib.suppress(BrokenPipeError):  # it died while idle: its pipe's end tells
-                    worker.pipe.send_bytes(payload)
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it died while idle: no one's fault
+                    worker.pipe.send_bytes(self._queue[0][1])
+                    worker.ticket, _ = self._queue.popleft()
+                    worker.deadline = None if self.timeout_s is None else time.monotonic() + self.timeout_s
 
     def _receive(self, worker: _Worker) -> None:
         try:

@@ -132,6 +132,7 @@ class Study:
         with _quiet_optuna(), database.lock(self.path.parent, None):
             self._stored = self._open()
         self._load()
+        self._engine.dispose()  # the last connection that closes folds the write-ahead log into the file
 
     # ---- the file -----------------------------------------------------------------------------------------------
 
@@ -146,6 +147,7 @@ class Study:
                 storage = optuna.storages.RDBStorage(
                     "sqlite:///study.db", engine_kwargs={"creator": functools.partial(database.connect, self.path)}
                 )
+                self._engine = storage.engine
                 study = optuna.create_study(
                     storage=storage, study_name=self.name, directions=directions, load_if_exists=True
                 )
@@ -357,8 +359,11 @@ class Study:
         """
         held = f"another process is running this search ({self.path}, study '{self.name}'): wait for it or stop it"
         with database.lock(self.path.with_name(f"{self.path.name}.{self.name}.lock"), held):
-            self._load()
-            return self._run(trials, executor, on_result or (lambda record: None), self._settled(first))
+            try:
+                self._load()
+                return self._run(trials, executor, on_result or (lambda record: None), self._settled(first))
+            finally:
+                self._engine.dispose()
 
     def _settled(self, first: Sequence[Mapping[str, Label]]) -> list[Architecture]:
         """``first``, the same at every run of the study."""

@@ -143,7 +143,7 @@ def search(path: str, sampler: str, trials: int, log: str, moment: tuple[str, in
 
     space = chain()
     study = Study(path, "search", space, OBJECTIVES, sampler, seed=3, limits={"size": 90.0})
-    engine = study._stored._storage._backend.engine  # type: ignore[attr-defined]
+    engine = study._engine
     sqlalchemy.event.listen(engine, "before_cursor_execute", lambda *arguments: here("statement"))
     sqlalchemy.event.listen(engine, "commit", lambda *arguments: here("commit"))
 

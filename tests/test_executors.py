@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from nasgraph.errors import ConfigError, NasgraphError, NotFinite, SearchStopped
-from nasgraph.executors import Executor, FailureWatch, InProcess, Processes, RayActors, failure
-from nasgraph.objectives.base import Failed, Result, Scored
+from nasgraph.executors import Executor, FailureWatch, InProcess, Processes, RayActors
+from nasgraph.objectives.base import Failed, Result, Scored, failure
 
 TESTS = Path(__file__).parent
 sys.path.append(str(TESTS))  # child processes import the fakes by name
@@ -63,7 +63,7 @@ def test_the_detail_says_what_and_where() -> None:
     with InProcess(fakes.misbehave) as executor:
         raised, left = collect(executor, ["raise", "sys_exit"])
     assert isinstance(raised, Failed) and raised.detail.startswith("ValueError: as asked (fake_search.py:")
-    assert isinstance(left, Failed) and left.detail.startswith("called sys.exit(3) (fake_search.py:")
+    assert isinstance(left, Failed) and left.detail.startswith("SystemExit: 3 (fake_search.py:")
 
 
 def test_ctrl_c_is_no_failure_of_a_candidate() -> None:
@@ -133,6 +133,14 @@ def test_workers_stay_warm_know_their_number_and_use_one_thread() -> None:
     assert {(value["slots"], value["threads"]) for value in values} == {(2.0, 1.0)}
     assert len({value["pid"] for value in values}) <= 2
     assert os.getpid() not in {value["pid"] for value in values}
+
+
+def test_a_worker_that_dies_while_idle_is_replaced_and_no_candidate_blamed() -> None:
+    with Processes(fakes.misbehave, workers=1) as executor:
+        collect(executor, [1])
+        executor._workers[0].process.kill()
+        executor._workers[0].process.join()
+        assert reasons(collect(executor, [1, 2])) == [None, None]
 
 
 def test_wait_returns_after_its_timeout() -> None:

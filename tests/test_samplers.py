@@ -54,13 +54,13 @@ def test_a_class_without_a_seed_is_made_without_one() -> None:
         (
             "nsga2",
             {"populaton_size": 5},
-            "sampler 'nsga2' has no argument 'populaton_size'. Did you mean 'population_si",
+            "has no argument 'populaton_size'. Did you mean 'population_size'",
         ),
         ("random", {"x": 1}, "sampler 'random' has no argument 'x'. Arguments: none"),
         (
             "optuna.samplers:NSGAIISampler",
             {"population_size": 1},
-            "`population_size` must be greater than or equal to 2",
+            "must be greater than or equal to 2",
         ),
         ("optuna.samplers:GridSampler", {}, "search_space"),
         ("collections:Counter", {}, "makes a Counter, not an optuna.samplers.BaseSampler"),
