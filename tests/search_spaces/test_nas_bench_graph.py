@@ -22,12 +22,11 @@ from nasgraph.canonical import simplify
 from nasgraph.errors import ConfigError, DamagedFile, DataError, SpaceError
 from nasgraph.executors import InProcess
 from nasgraph.objectives import Failed, Scored
+from nasgraph.predictors.nas_bench_graph import Table, TableEvaluator
 from nasgraph.search_spaces.nas_bench_graph import (
     LINKS,
     OPS,
     PRESETS,
-    Table,
-    TableEvaluator,
     architecture,
     cell,
     cell_hash,
