@@ -143,21 +143,20 @@ def _go(run: Run, made: Parts, display: Display) -> int:
         with _timed(display, "report"):
             run.write_report()
     except BaseException as error:
-        kind = "stopped" if isinstance(error, NasgraphError) else "interrupted"
-        _close(run, display, kind, str(error))
+        _note(run, display, "stopped" if isinstance(error, NasgraphError) else "interrupted", str(error))
         raise
-    _close(run, display, "finished")
+    _note(run, display, "finished")
     run.show(display.console)
     return 0
 
 
-def _close(run: Run, display: Display, status: str, reason: str = "") -> None:
-    """Write down how the run ended, its seconds and the hash of everything it leaves."""
+def _note(run: Run, display: Display, status: str = "running", reason: str = "") -> None:
+    """Write down how far the run is, the seconds of its phases and the hash of everything it leaves."""
     kept = [run.folder / PARETO, run.folder / REPORT, *(run.folder / MODELS).glob("*/*")]
-    seconds = run.facts["seconds"]
-    for phase, spent in display.seconds.items():
-        seconds[phase] = round(seconds.get(phase, 0.0) + spent, 3)
-    run.facts |= {"status": status, "reason": reason, "finished": manifest.now()}
+    for phase in list(display.seconds):
+        spent = run.facts["seconds"].get(phase, 0.0) + display.seconds.pop(phase)
+        run.facts["seconds"][phase] = round(spent, 3)
+    run.facts |= {"status": status, "reason": reason, "ended" if status != "running" else "seen": manifest.now()}
     run.facts["artifacts"] = manifest.hashes(run.folder, [path for path in kept if path.is_file()])
     manifest.write(run.folder / MANIFEST, run.facts)
 
@@ -168,6 +167,7 @@ def _first(run: Run, made: Parts, executor: Executor, display: Display) -> list[
     if tier is None:
         return []
     rows = _screen(run.config, made, run.folder / SCREEN, executor, display)
+    _note(run, display)
     kept = survivors(rows, columns, ["maximize"] * len(columns), tier.keep)
     return [row.arch for row in kept]
 
@@ -202,7 +202,8 @@ def _study(run: Run, name: str, executor: Executor, display: Display, first: Seq
             phase.advance(f"{found} {record.reason or ''}")
 
         best[:] = [better(best)] if best else []
-        study.run(trials, _Role("evaluate", executor), on_result=on_result, first=first[:trials])
+        study.run(trials, _Role("evaluate", executor), on_result=on_result, first=first)
+    _note(run, display)
 
 
 def _finish(run: Run, executor: Executor, display: Display) -> None:
@@ -223,6 +224,7 @@ def _finish(run: Run, executor: Executor, display: Display) -> None:
                 key = waiting.pop(ticket)
                 run.keep(key, result)
                 phase.advance(key[:11])
+    _note(run, display)
 
 
 def _finished(run: Run, key: str, target: Path | None) -> bool:
