@@ -78,9 +78,7 @@ ACTIVATIONS = (
 def _pool(kwargs: Mapping[str, Any]) -> Traits:
     size, stride, padding = (kwargs.get(name) for name in ("kernel_size", "stride", "padding"))
     centred = isinstance(size, int) and isinstance(padding, int) and size == 1 + 2 * padding
-    return Traits(
-        keeps_zero=True, pure=True, keeps_shape=centred and stride == 1 and kwargs.get("dilation", 1) == 1
-    )
+    return Traits(keeps_zero=True, pure=True, keeps_shape=centred and stride == 1 and kwargs.get("dilation", 1) == 1)
 
 
 def _table() -> dict[str, Rule]:

@@ -1,4 +1,4 @@
-"""What a user sees while a search works: one bar per phase, a line of what was found, plain lines without a terminal."""
+"""What a user sees while a search works: one bar per phase; plain lines where there is no terminal."""
 
 from __future__ import annotations
 

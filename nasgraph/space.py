@@ -89,9 +89,7 @@ class Choice(Expr):
     Raises: SpaceError: no options, two options of one label, or ``ordered`` options that do not ascend.
     """
 
-    def __init__(
-        self, name: str, options: Sequence[Any] | Mapping[str, Any] | range, *, ordered: bool = False
-    ) -> None:
+    def __init__(self, name: str, options: Sequence[Any] | Mapping[str, Any] | range, *, ordered: bool = False) -> None:
         pairs: list[tuple[Label, Any]]
         if isinstance(options, Mapping):
             pairs = list(options.items())
@@ -452,9 +450,7 @@ class SearchSpace:
             try:
                 return architecture[choice.name]
             except KeyError:
-                raise SpaceError(
-                    f"the architecture does not decide '{choice.name}' of space '{self.name}'"
-                ) from None
+                raise SpaceError(f"the architecture does not decide '{choice.name}' of space '{self.name}'") from None
 
         return self._walk(pick)[1]
 
@@ -492,9 +488,7 @@ class SearchSpace:
 
         return self._accepted(draw)
 
-    def crossover(
-        self, first: Mapping[str, Label], second: Mapping[str, Label], rng: random.Random
-    ) -> Architecture:
+    def crossover(self, first: Mapping[str, Label], second: Mapping[str, Label], rng: random.Random) -> Architecture:
         """Each choice from one of the parents that decide it, at random; from the space where neither does."""
 
         def pick(choice: Choice) -> Label:
@@ -503,9 +497,7 @@ class SearchSpace:
 
         return self._accepted(lambda: self.decide(pick))
 
-    def neighbours(
-        self, architecture: Mapping[str, Label], rng: random.Random | None = None
-    ) -> Iterator[Architecture]:
+    def neighbours(self, architecture: Mapping[str, Label], rng: random.Random | None = None) -> Iterator[Architecture]:
         """All architectures that differ in one active choice.
 
         A choice that becomes active takes its first option, or a random one with ``rng``.

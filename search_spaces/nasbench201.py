@@ -91,9 +91,7 @@ def from_string(text: str) -> Architecture:
     """The architecture that the benchmark calls ``text``. Raises: SpaceError: not one of its strings."""
     try:
         terms = [term.split("~") for node in text.split("+") for term in node.strip("|").split("|")]
-        found = Architecture(
-            {f"edge_{i}_{j}": operation for (i, j), (operation, _) in zip(EDGES, terms, strict=True)}
-        )
+        found = Architecture({f"edge_{i}_{j}": operation for (i, j), (operation, _) in zip(EDGES, terms, strict=True)})
     except ValueError:
         found = Architecture({})
     if not set(found.values()) <= set(OPERATIONS) or not found or to_string(found) != text:

@@ -358,7 +358,7 @@ LAB = {
                 y = self.linear(x) * Settings().slope
                 return plus(y, starred(x)).clamp(*self.bounds)
     ''',
-    "helpers.py": '''
+    "helpers.py": """
         import functools
 
         LIMITS: tuple = (
@@ -378,7 +378,7 @@ LAB = {
             return maximum(x, -x)
 
         unused = open("/nonexistent") if False else None
-    ''',
+    """,
 }
 
 

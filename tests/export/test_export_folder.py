@@ -300,9 +300,7 @@ def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     arch = space.architecture({})
     (tmp_path / "mine.txt").write_text("not of the export")
     for seed, formats in ((0, ["code", "safetensors"]), (1, ["safetensors"])):
-        (result, *_) = export_model(
-            build(space, arch, seed), tmp_path, space=space, architecture=arch, formats=formats
-        )
+        (result, *_) = export_model(build(space, arch, seed), tmp_path, space=space, architecture=arch, formats=formats)
         verify(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["README.md", "architecture.json", "mine.txt", "model.safetensors", "parity.json"]
