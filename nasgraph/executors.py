@@ -253,33 +253,31 @@ class _Worker:
 
 
 def _serve(pipe: Any, pickled: bytes, slots: int, memory: int | None) -> None:
-    """The child's side: evaluate what comes through the pipe until it ends."""
+    """The child's side: evaluate what comes through the pipe until it ends, or nobody listens any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
     os.environ[SLOTS] = str(slots)
     os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        import torch
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        try:
+            import torch
 
-        torch.set_num_threads(1)
-        evaluate: Evaluate = pickle.loads(pickled)
-    except BaseException as error:
-        pipe.send_bytes(pickle.dumps(failure(error).detail))
-        return
-    if memory is not None:
-        _limit_memory(memory)
-    pipe.send_bytes(pickle.dumps("ready"))
-    while True:
-        try:
-            ticket, payload = pickle.loads(pipe.recv_bytes())
-        except EOFError:
+            torch.set_num_threads(1)
+            evaluate: Evaluate = pickle.loads(pickled)
+        except BaseException as error:
+            pipe.send_bytes(pickle.dumps(failure(error).detail))
             return
-        result = guarded(evaluate, payload)
-        try:
-            answer = pickle.dumps((ticket, result))
-        except Exception as error:
-            answer = pickle.dumps((ticket, Failed("error", f"the result cannot be pickled: {error}")))
-        pipe.send_bytes(answer)
+        if memory is not None:
+            _limit_memory(memory)
+        pipe.send_bytes(pickle.dumps("ready"))
+        while True:
+            ticket, payload = pickle.loads(pipe.recv_bytes())
+            result = guarded(evaluate, payload)
+            try:
+                answer = pickle.dumps((ticket, result))
+            except Exception as error:
+                answer = pickle.dumps((ticket, Failed("error", f"the result cannot be pickled: {error}")))
+            pipe.send_bytes(answer)
 
 
 def _end_with_parent() -> None:

@@ -84,6 +84,8 @@ def misbehave(kind: Any) -> Any:
                 pass
         case "sleep":
             time.sleep(60)
+        case "nap":
+            time.sleep(0.3)
         case "unpicklable":
             return Scored({"good": 1.0}, {"what": lambda: None})
         case "failed":
@@ -91,7 +93,7 @@ def misbehave(kind: Any) -> Any:
         case "environment":
             threads = float(torch.get_num_threads())
             return {"slots": float(os.environ["NASGRAPH_SLOTS"]), "threads": threads, "pid": float(os.getpid())}
-    return {"good": float(kind)}
+    return {"good": 1.0 if kind == "nap" else float(kind)}
 
 
 class Unloadable:

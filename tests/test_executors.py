@@ -216,7 +216,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-@pytest.mark.parametrize(("kind", "how"), [("endless", signal.SIGKILL), ("sleep", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("kind", "how"), [("endless", signal.SIGKILL), ("nap", signal.SIGKILL), ("sleep", signal.SIGINT)]
+)
 def test_workers_end_with_their_parent(kind: str, how: signal.Signals, tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(PARENT.format(tests=str(TESTS), kind=kind))
@@ -229,6 +231,7 @@ def test_workers_end_with_their_parent(kind: str, how: signal.Signals, tmp_path:
         parent.send_signal(how)
         _, errors = parent.communicate(timeout=30)
     assert gone(pids)
+    assert "nasgraph-worker" not in errors  # the workers end without a word
     if how == signal.SIGINT:
         assert errors.strip().endswith("KeyboardInterrupt")
 
