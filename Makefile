@@ -21,7 +21,8 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 search: $(READY)
-	$(BIN)/nasgraph search configs/quickstart.yaml --out results/quick
+	@if [ -e results/quick/manifest.json ]; then $(BIN)/nasgraph resume results/quick; \
+	else $(BIN)/nasgraph search configs/quickstart.yaml --out results/quick; fi
 
 lint: $(READY)
 	$(BIN)/ruff check .

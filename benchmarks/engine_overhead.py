@@ -13,7 +13,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,28 +84,13 @@ def optuna_ms(folder: Path, trials: int) -> float:
 
 def screen_ms(folder: Path, candidates: int, workers: int) -> tuple[float, float]:
     """Milliseconds of wall clock, and of this process's CPU time, per candidate."""
-    executor = partial(Processes, workers=workers) if workers else InProcess
-    with ScreenTable(folder / f"screen{workers}.db") as table:
-        screen(ten_choices(), rate, table, 20, 0, executor)
-        with executor(rate) as warm:  # the start of the processes is not a candidate's cost
-            warm.submit(0, dict(ten_choices().decide(lambda choice: choice.labels[0])))
-            warm.wait()
-            started, cpu = time.perf_counter(), time.process_time()
-            screen(ten_choices(), rate, table, candidates + 20, 0, lambda score: _Open(warm))
-            spent = time.perf_counter() - started, time.process_time() - cpu
+    executor = Processes(rate, workers=workers) if workers else InProcess(rate)
+    with ScreenTable(folder / f"screen{workers}.db") as table, executor as pool:
+        screen(ten_choices(), table, 20, 0, pool)  # the start of the processes is not a candidate's cost
+        started, cpu = time.perf_counter(), time.process_time()
+        screen(ten_choices(), table, candidates + 20, 0, pool)
+        spent = time.perf_counter() - started, time.process_time() - cpu
     return 1e3 * spent[0] / candidates, 1e3 * spent[1] / candidates
-
-
-class _Open:
-    """An executor that is entered already."""
-
-    def __init__(self, executor: Any) -> None:
-        self.slots, self.submit, self.wait = executor.slots, executor.submit, executor.wait
-
-    def __enter__(self) -> _Open:
-        return self
-
-    def __exit__(self, *error: object) -> None: ...
 
 
 def main() -> None:

@@ -124,8 +124,13 @@ class Config(_Keys):
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config, apply ``key.sub=value`` overrides, check it.
 
+    ``path`` may also be the name of a config that is installed with nasgraph, e.g. ``quickstart``.
+
     Raises: ConfigError: the file or a key is wrong; the message names it and the way out.
     """
+    shipped = Path(__file__).parent / "configs" / f"{path}.yaml"
+    if not path.exists() and len(path.parts) == 1 and shipped.exists():
+        path = shipped
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

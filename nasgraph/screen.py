@@ -21,7 +21,7 @@ import numpy as np
 
 from nasgraph import database
 from nasgraph.errors import ConfigError, DamagedFile, did_you_mean
-from nasgraph.executors import Evaluate, Executor, FailureWatch, InProcess
+from nasgraph.executors import Executor, FailureWatch
 from nasgraph.objectives.base import Failed, Result, Scored
 from nasgraph.space import Architecture, SearchSpace
 
@@ -127,23 +127,21 @@ def _plain(row: ScreenRow) -> list[Any]:
 
 def screen(
     space: SearchSpace,
-    score: Evaluate,
     table: ScreenTable,
     candidates: int,
     seed: int,
-    executor: Callable[[Evaluate], Executor] = InProcess,
+    executor: Executor,
     on_row: Callable[[ScreenRow], None] | None = None,
 ) -> list[ScreenRow]:
     """Score candidates ``0 .. candidates - 1``; only those that the table lacks are computed.
 
     Args:
         space: candidate *i* is ``space.sample`` with a generator seeded by (``seed``, *i*).
-        score: takes an architecture (mapping of choice to label), returns ``Scored``, ``Failed`` or a dict of finite
-            floats. A network that was scored before takes its row's values.
-        table: where rows are kept.
+        table: where rows are kept. A network that was scored before takes its row's values.
         candidates: how many in all.
         seed: of the candidates.
-        executor: makes the executor from ``score``: ``InProcess``, or ``functools.partial(Processes, workers=4)``.
+        executor: where architectures (mappings of choice to label) are scored, to ``Scored``, ``Failed`` or a dict of
+            finite floats; an entered context manager.
         on_row: called with each new row once it is recorded.
 
     Returns: all rows of the table, by index.
@@ -154,7 +152,7 @@ def screen(
         DamagedFile: the table is not what was written.
     """
     held = f"another process is screening into {table.path}: wait for it or stop it"
-    with database.lock(table.path.with_name(table.path.name + ".lock"), held), executor(score) as pool:
+    with database.lock(table.path.with_name(table.path.name + ".lock"), held):
         table.bind(space, seed)
         rows = table.rows()
         known = {row.key: row.result for row in reversed(rows)}
@@ -188,7 +186,7 @@ def screen(
 
         try:
             while todo or flying:
-                while todo and len(flying) < pool.slots:
+                while todo and len(flying) < executor.slots:
                     index = todo.popleft()
                     arch = space.sample(random.Random(database.derive_seed(seed, index)))
                     key = space.key(arch)
@@ -198,11 +196,11 @@ def screen(
                         same[key].append((index, arch))
                     else:
                         flying[index], same[key] = (key, arch, time.monotonic()), []
-                        pool.submit(index, dict(arch))
+                        executor.submit(index, dict(arch))
                 if flying:
-                    arrived(pool.wait())
+                    arrived(executor.wait())
         except KeyboardInterrupt:
-            arrived(pair for pair in pool.wait(timeout=0) if pair[0] in flying)
+            arrived(pair for pair in executor.wait(timeout=0) if pair[0] in flying)
             raise
         return sorted(rows, key=lambda row: row.index)
 

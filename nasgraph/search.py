@@ -178,11 +178,10 @@ def _screen(settings: Config, made: Parts, path: Path, executor: Executor, displ
     with ScreenTable(path) as table, display.phase("screen", total, len(table.rows())) as phase:
         return screen(
             made.space,
-            Worker(settings),
             table,
             total,
             settings.seed,
-            executor=lambda score: role,
+            role,
             on_row=lambda row: phase.advance(row.reason or ""),
         )
 

@@ -27,6 +27,7 @@ from nasgraph import database
 from nasgraph.errors import ConfigError, DamagedFile, NasgraphError, SpaceError
 from nasgraph.executors import Executor, FailureWatch
 from nasgraph.objectives.base import Failed, Result, Scored
+from nasgraph.pareto import Direction
 from nasgraph.samplers import make_sampler
 from nasgraph.space import Architecture, Choice, Label, SearchSpace
 
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
 ATTEMPTS = 10  # times a sampler is asked again before the architecture is drawn at random
-
-Direction = Literal["maximize", "minimize"]
 
 
 @dataclass(frozen=True)

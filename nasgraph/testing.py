@@ -27,8 +27,9 @@ from nasgraph.export import Exported, Request, export_many, verify
 from nasgraph.export.base import grown
 from nasgraph.objectives.base import Scored
 from nasgraph.ops import add
+from nasgraph.pareto import Direction
 from nasgraph.space import Architecture, Call, Choice, Op, SearchSpace
-from nasgraph.study import Direction, Study, TrialRecord
+from nasgraph.study import Study, TrialRecord
 from nasgraph.tasks.batch import Batch
 
 CONVOLUTIONS = ("gat", "gatv2", "gcn", "gin", "cheb", "sage-mean", "sage-max", "arma", "graph", "gen", "pna", "fc")
@@ -212,7 +213,9 @@ class SamplerExam:
     ) -> list[TrialRecord]:
         """Run a search, or resume the one in ``path``."""
         directions: list[tuple[str, Direction]] = [("good", "maximize"), ("size", "minimize")]
-        study = Study(path, "exam", _conditional_space(), directions[:objectives], self.make, seed, limits={"size": 80})
+        study = Study(
+            path, "exam", _conditional_space(), directions[:objectives], type(self).make, seed, limits={"size": 80}
+        )
         with InProcess(_rate_or_fail if fails else _rate) as executor:
             return study.run(trials or self.trials, executor)
 

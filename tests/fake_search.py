@@ -179,6 +179,7 @@ def hold(path: str, ready: Any) -> None:
 
 def screen_and_die(folder: str, count: int) -> None:
     """Screen 100 candidates, and die by kill -9 while the network number ``count`` is scored."""
+    from nasgraph.executors import InProcess
     from nasgraph.screen import ScreenTable, screen
 
     left = count
@@ -191,4 +192,4 @@ def screen_and_die(folder: str, count: int) -> None:
         return failing_seldom(arch)
 
     with ScreenTable(f"{folder}/screen.db") as table:
-        screen(chain(), score, table, 100, 1)
+        screen(chain(), table, 100, 1, InProcess(score))

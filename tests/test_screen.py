@@ -25,7 +25,7 @@ import fake_search as fakes  # noqa: E402
 
 from nasgraph import database  # noqa: E402
 from nasgraph.errors import ConfigError, DamagedFile, NasgraphError, SearchStopped  # noqa: E402
-from nasgraph.executors import Processes  # noqa: E402
+from nasgraph.executors import InProcess, Processes  # noqa: E402
 from nasgraph.objectives.base import Result, Scored  # noqa: E402
 from nasgraph.screen import ScreenRow, ScreenTable, screen, survivors  # noqa: E402
 from nasgraph.space import Architecture  # noqa: E402
@@ -36,9 +36,16 @@ def found(rows: list[ScreenRow]) -> list[Any]:
     return [(r.index, r.key, r.arch, r.values, r.reason, r.detail, r.info) for r in rows]
 
 
-def screened(path: Path, candidates: int, score: Any = fakes.failing_seldom, seed: int = 1, **more: Any) -> Any:
-    with ScreenTable(path) as table:
-        return screen(fakes.chain(), score, table, candidates, seed, **more)
+def screened(
+    path: Path,
+    candidates: int,
+    score: Any = fakes.failing_seldom,
+    seed: int = 1,
+    executor: Any = InProcess,
+    **more: Any,
+) -> Any:
+    with ScreenTable(path) as table, executor(score) as pool:
+        return screen(fakes.chain(), table, candidates, seed, pool, **more)
 
 
 def test_rows_are_what_was_scored(tmp_path: Path) -> None:
@@ -72,7 +79,7 @@ def test_each_network_is_scored_once(tmp_path: Path) -> None:
 
     for count in (20, 50):
         with ScreenTable(tmp_path / "screen.db") as table:
-            rows = screen(space, score, table, count, 0)
+            rows = screen(space, table, count, 0, InProcess(score))
     assert set(seen.values()) == {1} and len(rows) == 50
     assert all(row.values == fakes.toy(row.arch).values for row in rows)  # type: ignore[union-attr]
 
@@ -107,7 +114,7 @@ def test_another_space_or_seed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="screened with seed 1, not 2"):
         screened(tmp_path / "screen.db", 5, seed=2)
     with ScreenTable(tmp_path / "screen.db") as table, pytest.raises(ConfigError, match="another search space"):
-        screen(fakes.chain(2), fakes.toy, table, 5, 1)
+        screen(fakes.chain(2), table, 5, 1, InProcess(fakes.toy))
 
 
 def test_a_changed_row_is_refused_by_number(tmp_path: Path) -> None:
@@ -151,11 +158,11 @@ def test_damaged_bytes_never_become_rows(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_said(tmp_path: Path) -> None:
     with ScreenTable(tmp_path / "screen.db") as table:
-        screen(fakes.chain(), fakes.toy, table, 5, 1)
+        screen(fakes.chain(), table, 5, 1, InProcess(fakes.toy))
         pages = table._connection.execute("PRAGMA page_count").fetchone()[0]
         table._connection.execute(f"PRAGMA max_page_count = {pages}")
         with pytest.raises(NasgraphError, match=r"cannot write .*screen\.db: .*full"):
-            screen(fakes.chain(), fakes.toy, table, 500, 1)
+            screen(fakes.chain(), table, 500, 1, InProcess(fakes.toy))
     assert found(screened(tmp_path / "screen.db", 60, fakes.toy)) == found(screened(tmp_path / "b.db", 60, fakes.toy))
 
 

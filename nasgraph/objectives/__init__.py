@@ -2,7 +2,6 @@
 
 from nasgraph.objectives.base import (
     Candidate,
-    Direction,
     Evaluator,
     Failed,
     Objective,
@@ -16,7 +15,6 @@ from nasgraph.objectives.base import (
 
 __all__ = [
     "Candidate",
-    "Direction",
     "Evaluator",
     "Failed",
     "Objective",

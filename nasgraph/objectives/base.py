@@ -13,20 +13,19 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from nasgraph import registry
 from nasgraph.errors import ConfigError, NotFinite
+from nasgraph.pareto import Direction
 from nasgraph.space import Label, SearchSpace
 from nasgraph.training.loop import Fit, TrainSettings
 
 if TYPE_CHECKING:
     from nasgraph.tasks.base import Task
-
-Direction = Literal["maximize", "minimize"]
 
 
 @dataclass(frozen=True)
