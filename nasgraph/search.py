@@ -237,7 +237,8 @@ def _references(run: Run, made: Parts, display: Display) -> None:
     measure = getattr(made.task, "baseline", None)
     if "references" not in run.facts and measure is not None:
         with _timed(display, "references"):
-            run.facts["references"] = {"logistic regression": measure()}
+            found = {name: value for name, value in measure().items() if name.endswith("accuracy")}
+            run.facts["references"] = {"logistic regression": found}
 
 
 def _finish_payload(record: TrialRecord, target: Path | None) -> dict[str, Any]:
