@@ -18,7 +18,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
-from nasgraph.errors import ConfigError, did_you_mean
+from nasgraph.errors import ConfigError, NasgraphError, did_you_mean
 
 KINDS = ("spaces", "tasks", "proxies", "samplers", "objectives", "exporters")
 
@@ -98,7 +98,12 @@ def make(kind: str, name: str, arguments: Mapping[str, Any], offered: Mapping[st
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.kind in named and parameter.name not in given:
             raise ConfigError(f"{what} needs the argument '{parameter.name}'")
-    return function(**given)
+    try:
+        return function(**given)
+    except NasgraphError:
+        raise
+    except Exception as error:  # the user's own function: one line with the place, not a page
+        raise ConfigError(f"{what} failed: {_where(error)}") from error
 
 
 def _singular(kind: str) -> str:

@@ -183,6 +183,44 @@ def test_doctor_finds_this_machine_fit(capsys: pytest.CaptureFixture[str]) -> No
     assert main(["doctor"]) == 0, capsys.readouterr().out
 
 
+USERS_SPACES = """
+from nasgraph.search_spaces.gnn_node import gnn_node
+from nasgraph.space import Choice
+
+def no_options(features, classes):
+    return Choice("width", [])
+
+def impossible(features, classes):
+    space = gnn_node(features, classes, layers=1)
+    space.constrain("even odd widths", lambda arch: arch["width"] % 2 == 1)
+    return space
+
+def breaks(features, classes):
+    return features / 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("no_options", "choice 'width' has no options"),
+        ("impossible", "met the constraint 'even odd widths'"),
+        ("breaks", "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_users_broken_space_costs_one_line(
+    function: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"users_{function}.py").write_text(USERS_SPACES)
+    monkeypatch.chdir(tmp_path)
+    config = write(tmp_path / "bad.yaml", {**TINY, "space": f"users_{function}:{function}"})
+    assert main(["search", str(config), "--out", "out", "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out" / "study.db").exists()
+
+
 # ---- bad input: one line, exit code 2, nothing trained, nothing lost ----
 
 
@@ -218,6 +256,8 @@ def test_a_taken_folder_is_left_alone(run: Path, tmp_path: Path, capsys: pytest.
     file = tmp_path / "note.txt"
     with pytest.raises(ConfigError, match="is a file"):
         search.start(tiny(), file)
+    with pytest.raises(ConfigError, match="cannot make the folder .*Not a directory"):
+        search.start(tiny(), file / "run")
     assert main(["resume", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
 
