@@ -1,0 +1,328 @@
+"""A supernet: one store of parameters, a rule for slicing it, and every architecture as a view of it.
+
+For every (node, option) the store keeps each parameter at the largest size that any architecture needs. An architecture
+is the plain module that :func:`nasgraph.build.build` makes for it, run on slices of the store by
+``torch.func.functional_call``; so any module works, and a subnet equals its extraction bit for bit.
+``docs/supernet.md`` shows how to use it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nasgraph.build import build_graph, node_seed
+from nasgraph.canonical import simplify
+from nasgraph.errors import SpaceError
+from nasgraph.slicing import OWN_RULES, Cut, Shape, cut_for, taken
+from nasgraph.space import Architecture, Graph, Label, SearchSpace
+from nasgraph.variants import Variant, chosen, options, variants
+
+if TYPE_CHECKING:
+    from nasgraph.tasks.base import Task
+    from nasgraph.tasks.batch import Batch
+
+Key = tuple[str, str, str]  # node, option, name of the parameter within the operation
+STRUCTURES = 1024  # kept built
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """One parameter of a built network: where it is stored and how it is cut."""
+
+    name: str  # in the network
+    key: Key
+    cut: Cut | None
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """A built network without numbers: its parameters lie on the meta device, its buffers are those of a new one."""
+
+    model: fx.GraphModule
+    graph: Graph
+    pieces: tuple[Piece, ...]
+
+
+class Supernet:
+    """The store for ``space``. The start of a parameter depends on ``seed``, its node and its option, on nothing else.
+
+    Sizes are found by :func:`nasgraph.variants.variants`: all forms that an operation takes in the space, before
+    constraints. Each entry of a stored parameter starts as in the largest form that uses it, so the largest form starts
+    as it would alone.
+
+    Raises: SpaceError: a parameter that has another number of axes, or other entries than a rule can give, in another
+    form of the same option; names the node, the option and the parameter.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int = 0) -> None:
+        self.space, self.seed = space, seed
+        self.device = torch.device("cpu")
+        self.store: dict[Key, nn.Parameter] = {}
+        for (node, option), forms in variants(space).items():
+            for name, tensor in _start(forms, node, option, seed).items():
+                self.store[node, option, name] = nn.Parameter(tensor)
+        self._options = {node: options(space, node) for node in space._ops}
+        self._of: OrderedDict[Architecture, Structure] = OrderedDict()
+        self._structures: OrderedDict[Any, Structure] = OrderedDict()
+
+    def __repr__(self) -> str:
+        return f"Supernet({self.space.name!r}, {self.numel:,} numbers)"
+
+    @property
+    def numel(self) -> int:
+        """How many numbers the store holds."""
+        return sum(parameter.numel() for parameter in self.store.values())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The stored parameters, in an order that the space's declaration decides."""
+        return iter(self.store.values())
+
+    def to(self, device: str | torch.device) -> Supernet:
+        """Move the store, in place."""
+        self.device = torch.device(device)
+        for parameter in self.store.values():
+            parameter.data = parameter.data.to(self.device)
+            parameter.grad = None
+        self._of.clear()
+        self._structures.clear()
+        return self
+
+    # ---- views ----------------------------------------------------------------------------------------------------
+
+    def subnet(self, architecture: Mapping[str, Label]) -> Subnet:
+        """``architecture`` as a callable that reads the store; its gradients arrive there."""
+        found = architecture if isinstance(architecture, Architecture) else Architecture(architecture)
+        return Subnet(self, found, self._structure(found))
+
+    def extract(self, architecture: Mapping[str, Label]) -> fx.GraphModule:
+        """``architecture`` as a plain network of its own, with copies of its slices: what ``build`` would return.
+
+        BatchNorm has the statistics of a new network: see :func:`recalibrate`.
+        """
+        structure = self._structure(Architecture(architecture))
+        model = build_graph(self.space, structure.graph, self.seed).to(self.device)
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, piece in self._slices(structure).items():
+                own[name].copy_(piece)
+        return model
+
+    def params(self, architecture: Mapping[str, Label]) -> int:
+        """How many parameters ``architecture`` has."""
+        return sum(p.numel() for p in self._structure(Architecture(architecture)).model.parameters())
+
+    def has_batch_norm(self, architecture: Mapping[str, Label]) -> bool:
+        """Whether the scores of ``architecture`` need statistics of their own."""
+        return any(_tracks(module) for module in self._structure(Architecture(architecture)).model.modules())
+
+    def evaluate(
+        self, architectures: Iterable[Mapping[str, Label]], task: Task, samples: int = 2048, split: str = "val"
+    ) -> list[float]:
+        """Accuracy (a fraction) of each architecture on ``split`` of ``task``, without training.
+
+        Networks with BatchNorm are extracted, and their statistics recomputed on ``samples`` training samples (a node
+        task: on its whole graph).
+        """
+        batches = [task.batch(samples, self.seed)]
+        scores = []
+        for architecture in architectures:
+            model: nn.Module = self.subnet(architecture)
+            if self.has_batch_norm(architecture):
+                model = recalibrate(self.extract(architecture), batches)
+            scores.append(task.score(model, split)["accuracy"])
+        return scores
+
+    # ---- structures -------------------------------------------------------------------------------------------------
+
+    def _structure(self, architecture: Architecture) -> Structure:
+        structure = self._of.get(architecture)
+        if structure is None:
+            graph = simplify(self.space.resolve(architecture))
+            picked = {step.name: self._option(step.name, architecture) for step in graph.steps}
+            signature = (graph.output, *((s.name, picked[s.name], s.op.signature, s.sources) for s in graph.steps))
+            structure = self._structures.get(signature)
+            if structure is None:
+                structure = self._build(graph, picked)
+                _keep(self._structures, signature, structure)
+            _keep(self._of, architecture, structure)
+        return structure
+
+    def _option(self, node: str, architecture: Architecture) -> str:
+        return self._options[node][id(chosen(self.space, node, architecture))]
+
+    def _build(self, graph: Graph, picked: Mapping[str, str]) -> Structure:
+        model = build_graph(self.space, graph, self.seed).to(self.device)
+        pieces = []
+        for step in graph.steps:
+            if step.op.is_call:
+                continue
+            module = model.get_submodule(step.name)
+            for name, parameter in module.named_parameters():
+                key, shape = (step.name, picked[step.name], name), tuple(parameter.shape)
+                stored = tuple(self.store[key].shape) if key in self.store else ()
+                if len(stored) != len(shape) or any(a < b for a, b in zip(stored, shape, strict=True)):
+                    raise SpaceError(
+                        f"{_called(*key)} is {shape}, larger than the {stored} that the store found for it"
+                    )
+                pieces.append(Piece(f"{step.name}.{name}", key, cut_for(module, name, stored, shape)))
+        _without_numbers(model)
+        return Structure(model, graph, tuple(pieces))
+
+    def _slices(self, structure: Structure) -> dict[str, Tensor]:
+        return {piece.name: _slice(self.store[piece.key], piece.cut) for piece in structure.pieces}
+
+
+class Subnet(nn.Module):
+    """A view of a supernet: called like the network of its architecture, in training or evaluation mode.
+
+    It has no parameters of its own; gradients arrive in the store. Buffers are never written: in training mode
+    BatchNorm uses the statistics of the batch and forgets them; in evaluation mode it has those of a new network.
+    """
+
+    def __init__(self, supernet: Supernet, architecture: Architecture, structure: Structure) -> None:
+        super().__init__()
+        self.architecture = architecture
+        self._view = (supernet, structure)  # in a tuple, so that no module or parameter is registered
+
+    def slices(self) -> dict[str, Tensor]:
+        """The parameters by their names in the network; views or copies of the store that carry gradients to it."""
+        supernet, structure = self._view
+        return supernet._slices(structure)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        model = self._view[1].model
+        if model.training != self.training:
+            model.train(self.training)
+        state = self.slices()
+        for name, buffer in model.named_buffers():
+            state[name] = buffer.clone()
+        result: Tensor = functional_call(model, state, inputs)
+        return result
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+    """Recompute the running statistics of ``model``'s BatchNorm layers, in place: the mean over ``batches``.
+
+    Only these layers see the batch's statistics, everything else runs as in evaluation. ``model`` is left in evaluation
+    mode. Not for a :class:`Subnet`, which has none: extract it first.
+
+    Returns: ``model``.
+    Raises: ValueError: there is no batch.
+    """
+    layers: list[_BatchNorm] = [module for module in model.modules() if _tracks(module)]  # type: ignore[misc]
+    model.eval()
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a mean over all batches, not a moving one
+        layer.train()
+    n = 0
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(*batch.inputs)
+                n += 1
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        model.eval()
+    if n == 0:
+        raise ValueError("no batch to compute statistics from")
+    return model
+
+
+def _tracks(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.track_running_stats
+
+
+def _slice(stored: Tensor, cut: Cut | None) -> Tensor:
+    """Contiguous and at the start of its memory, as a copy would be: kernels may add in another order otherwise."""
+    piece = taken(cut, stored).contiguous()
+    return piece.clone() if piece.storage_offset() else piece
+
+
+def _without_numbers(model: nn.Module) -> None:
+    moved: dict[int, nn.Parameter] = {}  # a parameter under two names stays one
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in moved:
+                    moved[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"))
+                module._parameters[name] = moved[id(parameter)]
+
+
+def _keep(cache: OrderedDict[Any, Structure], key: Any, structure: Structure) -> None:
+    cache[key] = structure
+    if len(cache) > STRUCTURES:
+        cache.popitem(last=False)
+
+
+def _start(forms: list[Variant], node: str, option: str, seed: int) -> dict[str, Tensor]:
+    """Each parameter at the largest size over ``forms``; every entry starts as in the largest form that uses it."""
+    sizes: dict[str, Shape] = {}
+    kinds: dict[str, torch.dtype] = {}
+    for form in forms:
+        for name, parameter in form.module.named_parameters():
+            shape = tuple(parameter.shape)
+            before = sizes.setdefault(name, shape)
+            kinds.setdefault(name, parameter.dtype)
+            if len(before) != len(shape):
+                raise SpaceError(
+                    f"{_called(node, option, name)} is {before} in one form and {shape} in another: these do not nest, "
+                    "so make them two options"
+                )
+            sizes[name] = tuple(map(max, before, shape))
+    stored = {name: torch.zeros(shape, dtype=kinds[name]) for name, shape in sizes.items()}
+    free = {name: torch.ones(shape, dtype=torch.bool) for name, shape in sizes.items()}
+    for form in sorted(forms, key=_size, reverse=True):
+        cuts = {name: _checked_cut(form, name, sizes[name], node, option) for name in form.shapes}
+        fresh = {name: taken(cut, free[name]) for name, cut in cuts.items()}
+        if not any(bool(new.any()) for new in fresh.values()):
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(node_seed(seed, f"{node}/{option}"))
+            module = form.made()
+        for name, parameter in module.named_parameters():
+            places = taken(cuts[name], _numbered(sizes[name]))[fresh[name]]
+            stored[name].view(-1)[places] = parameter.detach()[fresh[name]]
+            free[name].view(-1)[places] = False
+    return stored
+
+
+def _size(form: Variant) -> int:
+    return sum(parameter.numel() for parameter in form.module.parameters())
+
+
+def _checked_cut(form: Variant, name: str, stored: Shape, node: str, option: str) -> Cut | None:
+    """The cut of one parameter of ``form``; that of a declared rule is tried."""
+    shape = form.shapes[name]
+    cut = cut_for(form.module, name, stored, shape)
+    if cut is None or cut.func in OWN_RULES:
+        return cut
+    try:
+        places = cut(_numbered(stored))
+    except Exception as error:
+        raise SpaceError(f"{_called(node, option, name)}: its slice_rule failed on {stored}: {error}") from error
+    if tuple(places.shape) != shape or len(set(places.flatten().tolist())) != places.numel():
+        raise SpaceError(
+            f"{_called(node, option, name)}: its slice_rule must select every entry of {shape} once from {stored}, "
+            f"and gave {tuple(places.shape)}"
+        )
+    return cut
+
+
+def _numbered(shape: Shape) -> Tensor:
+    return torch.arange(math.prod(shape)).reshape(shape)
+
+
+def _called(node: str, option: str, name: str) -> str:
+    return f"node '{node}', option '{option}', parameter '{name}'"

@@ -1,0 +1,213 @@
+"""Every form that each operation of a space can take: its arguments, and the sizes that reach it.
+
+One walk forwards. Of each node it keeps the shapes that the node's tensor can have, each with the decisions that lead
+to it; decisions that make no difference to the shape are dropped at once. So the walk sees 3e9 architectures as a few
+hundred forms, and exactly those that occur (before constraints).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from nasgraph.build import Made, _made, _Shapes, _written
+from nasgraph.errors import SpaceError
+from nasgraph.space import Choice, ConcreteOp, Label, Op, SearchSpace, Step, Switch, _Arithmetic, _reads
+
+Shape = tuple[int, ...]
+Cube = dict[str, frozenset[Label]]  # choice -> labels that it may have; a choice that is not named may have any
+Tensors = tuple[Shape, torch.dtype]
+
+LIMIT = 20_000  # forms of one node
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One form of an operation. ``module`` is on the meta device: it has shapes and no numbers."""
+
+    made: Made
+    module: nn.Module
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of each parameter."""
+        return {name: tuple(parameter.shape) for name, parameter in self.module.named_parameters()}
+
+
+def variants(space: SearchSpace) -> dict[tuple[str, str], list[Variant]]:
+    """By (node, option): its forms that have parameters, in an order that only the space's declaration decides.
+
+    Raises: SpaceError: no architecture can be built, or a node has more than 20,000 forms.
+    """
+    if space._output is None:
+        raise SpaceError(f"space '{space.name}' has no output: call space.output(node)")
+    tables: dict[str, list[tuple[Cube, Tensors]]] = {
+        name: [({}, (tuple(declared.example.shape), declared.example.dtype))] for name, declared in space.inputs.items()
+    }
+    known: dict[tuple[str, tuple[Tensors, ...]], tuple[Tensors, Variant | None] | SpaceError] = {}
+    found: dict[tuple[str, str], list[Variant]] = {}
+    failed: SpaceError | None = None
+    for name in space._ops:
+        names = options(space, name)
+        forms: list[tuple[Cube, Tensors]] = []
+        for cube, op, make, sources in _readings(space, name):
+            for joined, shapes in _joined(cube, [tables[source] for source in sources]):
+                signature = (op.signature, shapes)
+                if signature not in known:
+                    known[signature] = _form(space, Step(name, op, sources), shapes)
+                form = known[signature]
+                if isinstance(form, SpaceError):  # a constraint may exclude it; build() will tell
+                    failed = failed or form
+                    continue
+                forms.append((joined, form[0]))
+                if len(forms) > LIMIT:
+                    raise SpaceError(f"node '{name}' has more than {LIMIT:,} forms: offer fewer sizes in a supernet")
+                mine = found.setdefault((name, names[id(make)]), [])
+                if form[1] is not None and form[1] not in mine:
+                    mine.append(form[1])
+        tables[name] = _merged(forms, space.choices)
+    if not any(tables[source.name] for _, source in _ways(space._output, {})):
+        raise failed or SpaceError(f"space '{space.name}' has no architecture")
+    return {key: forms for key, forms in found.items() if forms}
+
+
+def options(space: SearchSpace, node: str) -> dict[int, str]:
+    """Of each ``Op`` that ``node`` may be (by ``id``) the option's name: the labels that lead to it, or its own."""
+    names: dict[int, str] = {}
+    for path, op in _paths(space._ops[node], ()):
+        if id(op) not in names:
+            name = "/".join(map(str, path)) or op.label
+            while name in names.values():  # the labels 1 and "1"
+                name += "'"
+            names[id(op)] = name
+    return names
+
+
+def chosen(space: SearchSpace, node: str, architecture: Mapping[str, Label]) -> Op:
+    """The ``Op`` that ``node`` is in ``architecture``."""
+    thing = space._ops[node]
+    while not isinstance(thing, Op):
+        thing = _next(thing, architecture)
+    return thing
+
+
+def _next(thing: Any, architecture: Mapping[str, Label]) -> Any:
+    if isinstance(thing, Switch):
+        return thing.cases[architecture[thing.choice.name]]
+    return thing.option(architecture[thing.name])
+
+
+def _paths(thing: Any, path: tuple[Label, ...]) -> Iterator[tuple[tuple[Label, ...], Op]]:
+    if isinstance(thing, Op):
+        yield path, thing
+        return
+    labels = thing.labels if isinstance(thing, Choice) else tuple(thing.cases)
+    for label in labels:
+        option = thing.option(label) if isinstance(thing, Choice) else thing.cases[label]
+        yield from _paths(option, (*path, label))
+
+
+def _readings(space: SearchSpace, node: str) -> Iterator[tuple[Cube, ConcreteOp, Op, tuple[str, ...]]]:
+    """Every way to decide what ``node`` is and what it reads."""
+    for cube, make in _ways(space._ops[node], {}, whole=True):
+        for with_op, op in _ways(make, cube):
+            for decided, sources in _ways(space._sources[node][: _reads(op)], with_op):
+                yield decided, op, make, tuple(source.name for source in sources)
+
+
+def _ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, Any]]:
+    """Every way to decide ``thing``, and what it is then. ``whole``: stop at an ``Op``, with its choices still open."""
+    if isinstance(thing, Choice):
+        for label in thing.labels:
+            if label in cube.get(thing.name, thing.labels):
+                yield from _ways(thing.option(label), {**cube, thing.name: frozenset([label])}, whole)
+    elif isinstance(thing, Switch):
+        name, cases = thing.choice.name, thing.cases
+        alike: dict[int, list[Label]] = {}
+        for label in thing.choice.labels:
+            if label in cube.get(name, thing.choice.labels):
+                alike.setdefault(id(cases[label]), []).append(label)
+        for labels in alike.values():
+            yield from _ways(cases[labels[0]], {**cube, name: frozenset(labels)}, whole)
+    elif isinstance(thing, Op):
+        if whole:
+            yield cube, thing
+            return
+        for after, kwargs in _ways(thing.kwargs, cube):
+            yield after, ConcreteOp(thing.make, kwargs, thing.label, thing.is_call, thing.takes)
+    elif isinstance(thing, _Arithmetic):
+        for after, (left, right) in _ways((thing.left, thing.right), cube):
+            yield after, thing.function(left, right)
+    elif isinstance(thing, dict):
+        for after, values in _ways(tuple(thing.values()), cube):
+            yield after, dict(zip(thing, values, strict=True))
+    elif isinstance(thing, list | tuple):
+        if not thing:
+            yield cube, thing
+            return
+        for middle, first in _ways(thing[0], cube):
+            for after, rest in _ways(tuple(thing[1:]), middle):
+                yield after, type(thing)((first, *rest))
+    else:
+        yield cube, thing
+
+
+def _joined(cube: Cube, tables: list[list[tuple[Cube, Tensors]]]) -> Iterator[tuple[Cube, tuple[Tensors, ...]]]:
+    """What the sources can be together, given ``cube``."""
+    for entries in itertools.product(*tables):
+        joined: Cube = cube
+        for other, _ in entries:
+            joined = _both(joined, other)
+        if all(joined.values()):
+            yield joined, tuple(tensor for _, tensor in entries)
+
+
+def _both(one: Cube, other: Cube) -> Cube:
+    """Where both hold; a choice without labels if they never do."""
+    return {**one, **{name: labels & one.get(name, labels) for name, labels in other.items()}}
+
+
+def _merged(forms: list[tuple[Cube, Tensors]], choices: Mapping[str, Choice]) -> list[tuple[Cube, Tensors]]:
+    """The same shapes under the same decisions, in fewer entries."""
+    before = -1
+    while before != sum(len(cube) + 1 for cube, _ in forms):
+        before = sum(len(cube) + 1 for cube, _ in forms)
+        for name in dict.fromkeys(name for cube, _ in forms for name in cube):
+            every = frozenset(choices[name].labels)
+            groups: dict[tuple[frozenset[tuple[str, frozenset[Label]]], Tensors], frozenset[Label]] = {}
+            for cube, tensor in forms:
+                rest = frozenset((other, labels) for other, labels in cube.items() if other != name)
+                groups[rest, tensor] = groups.get((rest, tensor), frozenset()) | cube.get(name, every)
+            forms = [
+                (dict(rest) if labels == every else {**dict(rest), name: labels}, tensor)
+                for (rest, tensor), labels in groups.items()
+            ]
+    return forms
+
+
+def _form(space: SearchSpace, step: Step, sources: tuple[Tensors, ...]) -> tuple[Tensors, Variant | None] | SpaceError:
+    """Make and run one operation on tensors like ``sources``: what comes out, and what was made."""
+    shapes = _Shapes(space)
+    shapes.shapes.update(zip(step.sources, sources, strict=True))
+    variant = None
+    try:
+        if step.op.is_call:
+            shapes.after(step, None)
+        else:
+            made = _made(step.op, shapes.channels(step.sources[0]))
+            with torch.random.fork_rng(devices=[]):
+                try:
+                    module = made()
+                except Exception as error:
+                    raise SpaceError(f"node '{step.name}': {_written(made)} failed: {error}") from error
+                shapes.after(step, module)
+            if next(module.parameters(), None) is not None:
+                variant = Variant(made, module.to("meta"))
+    except SpaceError as error:
+        return error
+    return shapes.shapes[step.name], variant
