@@ -9,9 +9,11 @@ is the plain module that :func:`nasgraph.build.build` makes for it, run on slice
 from __future__ import annotations
 
 import math
+import os
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,11 +21,15 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nasgraph import checkpoint as checkpoints
 from nasgraph.build import build_graph, node_seed
 from nasgraph.canonical import simplify
 from nasgraph.errors import SpaceError
 from nasgraph.slicing import OWN_RULES, Cut, Shape, cut_for, taken
 from nasgraph.space import Architecture, Graph, Label, SearchSpace
+from nasgraph.training.loop import TrainSettings
+from nasgraph.training.policies import Policy
+from nasgraph.training.shared import train_shared
 from nasgraph.variants import Variant, chosen, options, variants
 
 if TYPE_CHECKING:
@@ -70,6 +76,10 @@ class Supernet:
         for (node, option), forms in variants(space).items():
             for name, tensor in _start(forms, node, option, seed).items():
                 self.store[node, option, name] = nn.Parameter(tensor)
+        self.step = 0  # updates of training done
+        self.settings: TrainSettings | None = None  # those of the optimizer
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.policy_state: tuple[str, dict[str, Any]] | None = None  # class and state of the last policy
         self._options = {node: options(space, node) for node in space._ops}
         self._of: OrderedDict[Architecture, Structure] = OrderedDict()
         self._structures: OrderedDict[Any, Structure] = OrderedDict()
@@ -92,6 +102,8 @@ class Supernet:
         for parameter in self.store.values():
             parameter.data = parameter.data.to(self.device)
             parameter.grad = None
+        for state in self.optimizer.state.values() if self.optimizer else ():
+            state.update({name: t.to(self.device) for name, t in state.items() if isinstance(t, Tensor)})
         self._of.clear()
         self._structures.clear()
         return self
@@ -140,6 +152,62 @@ class Supernet:
                 model = recalibrate(self.extract(architecture), batches)
             scores.append(task.score(model, split)["accuracy"])
         return scores
+
+    # ---- training -------------------------------------------------------------------------------------------------
+
+    def train(
+        self,
+        task: Task,
+        policy: Policy,
+        steps: int,
+        *,
+        settings: TrainSettings | None = None,
+        seed: int = 0,
+        reduction: str = "sum",
+        samples: int | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        every: int = 20,
+        on_step: Callable[[int, Sequence[float]], None] | None = None,
+    ) -> list[float]:
+        """Train the store until ``steps`` updates are done in all, those before included.
+
+        So a run that was interrupted goes on with ``Supernet.load(folder, space).train(...)`` and the same arguments,
+        and ends with the same bits (on the CPU, with one number of threads).
+
+        Args:
+            settings: learning rate, weight decay and optimizer; the rest of it is not used. An optimizer goes on if
+                its settings are those of the call before, and starts anew otherwise.
+            reduction: how the gradients of a step's architectures become one update, ``"sum"`` or ``"mean"``. The
+                loss of each is a mean over the batch's samples either way.
+            samples: training samples per step; default: all of them, at once.
+            checkpoint: a folder that :meth:`save` writes after every ``every`` updates and after the last.
+            on_step: called with the number of each step and the losses of its architectures.
+
+        Returns: of each step done here the mean loss of its architectures, in nats.
+        Raises: NotFinite: a loss or a gradient is NaN or infinite; names step and architecture. The store is as the
+            step before left it, and so is the checkpoint. ConfigError: an unknown reduction.
+        """
+        return train_shared(
+            self, task, policy, steps, settings or TrainSettings(), seed, reduction, samples, checkpoint, every, on_step
+        )
+
+    def resume(self, policy: Policy) -> None:
+        """Give ``policy`` what its class had observed when this supernet was last trained."""
+        if self.policy_state is not None and self.policy_state[0] == type(policy).__qualname__:
+            policy.load(self.policy_state[1])
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write store and training state into ``folder``, at once or not at all. Returns: the JSON file's path."""
+        return checkpoints.save(self, folder)
+
+    @staticmethod
+    def load(folder: str | os.PathLike[str], space: SearchSpace) -> Supernet:
+        """What :meth:`save` wrote.
+
+        Raises: SpaceError: it is of another space or key version. DamagedFile: a file is not what was written.
+            ConfigError: there is no checkpoint.
+        """
+        return checkpoints.load(folder, space)
 
     # ---- structures -------------------------------------------------------------------------------------------------
 
