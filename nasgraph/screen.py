@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from nasgraph import database
 from nasgraph.errors import ConfigError, DamagedFile, did_you_mean
 from nasgraph.executors import Executor, FailureWatch
 from nasgraph.objectives.base import Failed, Result, Scored
+from nasgraph.pareto import Direction, pareto_front
 from nasgraph.space import Architecture, SearchSpace
 
 _COLUMNS = "number, key, arch, scores, reason, detail, seconds, info, checksum"
@@ -208,10 +209,15 @@ def screen(
 def survivors(
     rows: Sequence[ScreenRow],
     rank_by: Sequence[str],
-    directions: Sequence[Literal["maximize", "minimize"]],
+    directions: Sequence[Direction],
     keep: int,
+    costs: Sequence[str] = (),
 ) -> list[ScreenRow]:
     """The ``keep`` best rows by the sum of log ranks, best first, one per network.
+
+    ``costs`` are columns that the screen measured exactly and that the study minimises too. With them, the survivors
+    are the first Pareto fronts of (sum of log ranks, costs), each spread evenly if not all of it fits: the best score
+    at every size, not the best scores alone, which are large networks (``results/benchmarks/survivors.md``).
 
     For n networks and each column, the worst has rank 1, the best rank n, equal values share their mean rank; the score
     is the sum over the columns of log(rank / n) (AZ-NAS, Lee & Ham, CVPR 2024). It asks a survivor to be bad in
@@ -238,8 +244,26 @@ def survivors(
                 )
         column = np.array([row.values[name] for row in found])
         total += np.log(_ranks(column if direction == "maximize" else -column) / max(len(found), 1))
-    order = np.argsort(-total, kind="stable")
+    order = [int(position) for position in np.argsort(-total, kind="stable")]
+    if costs:
+        order = _by_front(
+            order, np.column_stack([total, *([row.values[name] for row in found] for name in costs)]), keep
+        )
     return [found[position] for position in order[:keep]]
+
+
+def _by_front(order: list[int], values: np.ndarray[Any, np.dtype[np.float64]], keep: int) -> list[int]:
+    """``keep`` positions, front after front: column 0 of ``values`` is maximised, the others are minimised."""
+    directions: list[Direction] = ["maximize"]
+    directions += ["minimize" for _ in range(values.shape[1] - 1)]
+    kept: list[int] = []
+    while order and len(kept) < keep:
+        front = {order[i] for i in np.flatnonzero(pareto_front(values[order], directions))}
+        members = [position for position in order if position in front]
+        room = min(keep - len(kept), len(members))
+        kept += [members[round(i * (len(members) - 1) / max(1, room - 1))] for i in range(room)]
+        order = [position for position in order if position not in front]
+    return kept
 
 
 def _ranks(column: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

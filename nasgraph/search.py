@@ -24,7 +24,7 @@ from nasgraph.run import MANIFEST, MODELS, PARETO, REPORT, SCREEN, Run, writing
 from nasgraph.screen import ScreenRow, ScreenTable, screen, survivors
 from nasgraph.space import Architecture
 from nasgraph.study import TrialRecord
-from nasgraph.workers import Parts, Worker, parts, rank_by
+from nasgraph.workers import BASELINE_PROXIES, Parts, Worker, parts, rank_by
 
 # What may be changed when a run goes on: how long and with what, never what is searched.
 RESUMABLE = ("search.trials", "search.workers", "search.ray", "search.timeout_s", "search.memory_gb", "data_root")
@@ -168,7 +168,8 @@ def _first(run: Run, made: Parts, executor: Executor, display: Display) -> list[
         return []
     rows = _screen(run.config, made, run.folder / SCREEN, executor, display)
     _note(run, display)
-    kept = survivors(rows, columns, ["maximize"] * len(columns), tier.keep)
+    costs = [name for name in BASELINE_PROXIES if name in run.config.objectives]  # the screen knows these exactly
+    kept = survivors(rows, columns, ["maximize"] * len(columns), tier.keep, costs)
     return [row.arch for row in kept]
 
 

@@ -212,3 +212,18 @@ def test_survivors_name_what_is_missing() -> None:
     with pytest.raises(ConfigError, match="one direction for each"):
         survivors([row(0, a=1.0)], ["a"], [], 1)
     assert isinstance(row(0, a=1.0).result, Scored)
+
+
+def test_survivors_with_costs_are_the_best_at_every_size() -> None:
+    arch = Architecture({})
+    points = [(1, 10), (2, 20), (3, 30), (4, 40), (3, 50), (1, 45), (0, 60)]  # (score, params): four fronts
+    rows = [ScreenRow(i, str(i), arch, {"s": s, "params": p}, None, None, 0.0) for i, (s, p) in enumerate(points)]
+
+    def kept(keep: int) -> list[int]:
+        return [row.index for row in survivors(rows, ["s"], ["maximize"], keep, costs=["params"])]
+
+    assert kept(4) == [3, 2, 1, 0], "the first front, best score first"
+    assert kept(2) == [3, 0], "its ends, when there is room for two"
+    assert sorted(kept(5)) == [0, 1, 2, 3, 4] or sorted(kept(5)) == [0, 1, 2, 3, 5]
+    assert sorted(kept(7)) == list(range(7))
+    assert [row.index for row in survivors(rows, ["s"], ["maximize"], 2)] == [3, 2], "without costs: the best scores"
