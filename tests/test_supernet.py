@@ -288,6 +288,38 @@ def test_structures_are_built_once(cnn: Supernet) -> None:
     assert all(p.is_meta for p in cnn._structure(arch).model.parameters())
 
 
+class Tied(nn.Module):
+    """One layer under two names."""
+
+    def __init__(self, in_features: int, hidden: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(in_features, hidden, bias=False)
+        self.leave = nn.Linear(hidden, hidden, bias=False)
+        self.again = self.leave
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.again(self.leave(self.enter(x)))  # type: ignore[no-any-return]
+
+
+def test_tied_weights_stay_tied() -> None:
+    space = SearchSpace("tied")
+    x = space.input("x", torch.zeros(4, 5), {0: "nodes"})
+    space.output(space.add("tied", Op(Tied, hidden=Choice("hidden", [3, 6], ordered=True)), x))
+    supernet = Supernet(space)
+    assert len(supernet.store) == 2
+    for hidden in (3, 6):
+        x = torch.randn(7, 5)
+        assert torch.equal(supernet.subnet({"hidden": hidden})(x), supernet.extract({"hidden": hidden})(x))
+        alone, view = supernet.extract({"hidden": hidden}), supernet.subnet({"hidden": hidden})
+        for parameter in supernet.parameters():
+            parameter.grad = None
+        alone(x).sum().backward()
+        view(x).sum().backward()
+        gradient = supernet.store["tied", "Tied", "leave.weight"].grad
+        assert gradient is not None
+        torch.testing.assert_close(gradient[:hidden, :hidden], alone.get_submodule("tied.leave").weight.grad)
+
+
 # ---- BatchNorm ------------------------------------------------------------------------------------------------------
 
 
