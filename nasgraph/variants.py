@@ -179,9 +179,12 @@ def _merged(forms: list[tuple[Cube, Tensors]], choices: Mapping[str, Choice]) ->
         before = sum(len(cube) + 1 for cube, _ in forms)
         for name in dict.fromkeys(name for cube, _ in forms for name in cube):
             every = frozenset(choices[name].labels)
-            groups: dict[tuple[frozenset[tuple[str, frozenset[Label]]], Tensors], frozenset[Label]] = {}
+            groups: dict[tuple[tuple[tuple[str, frozenset[Label]], ...], Tensors], frozenset[Label]] = {}
             for cube, tensor in forms:
-                rest = frozenset((other, labels) for other, labels in cube.items() if other != name)
+                # Sorted by name: the order of a set differs between processes, and the start of the store follows it.
+                rest = tuple(
+                    sorted(((other, cube[other]) for other in cube if other != name), key=lambda item: item[0])
+                )
                 groups[rest, tensor] = groups.get((rest, tensor), frozenset()) | cube.get(name, every)
             forms = [
                 (dict(rest) if labels == every else {**dict(rest), name: labels}, tensor)

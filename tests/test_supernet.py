@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +196,25 @@ def test_the_start_depends_on_seed_node_and_option_only(make: Any) -> None:
     assert list(one.store) == list(other.store)
     assert all(torch.equal(one.store[key], other.store[key]) for key in one.store)
     assert any(not torch.equal(one.store[key], different.store[key]) for key in one.store)
+
+
+def test_the_start_is_the_same_in_every_process() -> None:
+    """Which hash texts differently."""
+    code = """
+import hashlib
+from nasgraph.search_spaces.gnn_node import gnn_node
+from nasgraph.supernet import Supernet
+digest = hashlib.sha256()
+for key, parameter in Supernet(gnn_node(9, 3, widths=(8, 16, 32))).store.items():
+    digest.update(repr(key).encode() + parameter.detach().numpy().tobytes())
+print(digest.hexdigest())
+"""
+    found = set()
+    for seed in ("1", "2", "3"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        found.add(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert len(found) == 1
 
 
 def test_making_a_supernet_leaves_the_generator_alone() -> None:
