@@ -29,7 +29,8 @@ CHANNELS_IN = (
     "d_model",
 )
 
-Shapes = dict[tuple[str, tuple[tuple[int, ...], ...]], tuple[tuple[int, ...], torch.dtype]]
+Shape = tuple[tuple[int, ...], torch.dtype]
+Shapes = dict[tuple[str, tuple[Shape, ...]], Shape]
 _known_shapes: weakref.WeakKeyDictionary[SearchSpace, Shapes] = weakref.WeakKeyDictionary()
 
 
@@ -42,7 +43,7 @@ class Made:
 
     def __call__(self) -> nn.Module:
         """Make the module anew."""
-        module = self.make(**{name: item() if isinstance(item, Made) else item for name, item in self.kwargs.items()})
+        module = self.make(**_each(self.kwargs, Made, lambda made: made()))
         if not isinstance(module, nn.Module):
             raise SpaceError(f"{self.make!r} made a {type(module).__name__}, not an nn.Module: use Call for functions")
         return module
@@ -125,7 +126,7 @@ class _Shapes:
         return shape[1] if len(shape) >= 4 else shape[-1]
 
     def after(self, step: Step, module: nn.Module | None) -> None:
-        signature = (step.op.signature, tuple(self.shapes[name][0] for name in step.sources))
+        signature = (step.op.signature, tuple(self.shapes[name] for name in step.sources))
         if signature not in self.known:
             self.known[signature] = self._run(step, module)
         self.shapes[step.name] = self.known[signature]
@@ -153,10 +154,21 @@ class _Shapes:
 
 
 def _made(op: ConcreteOp, channels: int) -> Made:
-    kwargs = {name: _made(item, channels) if isinstance(item, ConcreteOp) else item for name, item in op.kwargs.items()}
+    kwargs: dict[str, Any] = _each(op.kwargs, ConcreteOp, lambda inner: _made(inner, channels))
     for name in _channel_arguments(op.make):
         kwargs.setdefault(name, channels)
     return Made(op.make, kwargs)
+
+
+def _each(thing: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """``thing`` with everything of ``kind`` in it changed, also inside lists, tuples and dicts."""
+    if isinstance(thing, kind):
+        return change(thing)
+    if isinstance(thing, dict):
+        return {key: _each(item, kind, change) for key, item in thing.items()}
+    if isinstance(thing, list | tuple):
+        return type(thing)(_each(item, kind, change) for item in thing)
+    return thing
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from nasgraph import config, registry
-from nasgraph.errors import NasgraphError, SpaceError
+from nasgraph.errors import ConfigError, NasgraphError, SpaceError
 from nasgraph.space import SearchSpace
 
 # Sizes of a task, for describing a space without one: those of scikit-learn's digits.
 SIZES = {"features": 64, "classes": 10}
+
+
+def make_space(name: str, arguments: Mapping[str, Any], sizes: Mapping[str, Any]) -> SearchSpace:
+    """The space called ``name``, made with ``arguments`` and those of ``sizes`` that it takes.
+
+    Raises: ConfigError: an argument is wrong, or what is made is no space.
+    """
+    space = registry.make("spaces", name, arguments, sizes)
+    if not isinstance(space, SearchSpace):
+        raise ConfigError(f"space '{name}' made a {type(space).__name__}, not a SearchSpace")
+    return space
 
 
 def listing() -> int:
@@ -22,8 +34,9 @@ def listing() -> int:
     for name in registry.names("spaces"):
         documentation = registry.resolve("spaces", name).__doc__ or ""
         table.add_row(name, documentation.strip().partition("\n")[0])
-    Console().print(table)
-    Console().print("Describe one:  nasgraph spaces NAME      Your own:  nasgraph spaces module:function")
+    console = Console(markup=False)
+    console.print(table)
+    console.print("Describe one:  nasgraph spaces NAME      Your own:  nasgraph spaces module:function")
     return 0
 
 
@@ -32,10 +45,10 @@ def show(name: str, overrides: Sequence[str], picture: Path | None) -> int:
     from nasgraph.draw import draw_space
 
     arguments = config.override({}, overrides)
-    space: SearchSpace = registry.make("spaces", name, arguments, SIZES)
-    console = Console()
+    space = make_space(name, arguments, SIZES)
+    console = Console(markup=False)
     documentation = registry.resolve("spaces", name).__doc__ or ""
-    console.print(f"[bold]{space.name}[/bold]: {documentation.strip().partition(chr(10))[0]}", highlight=False)
+    console.print(f"{space.name}: {documentation.strip().partition(chr(10))[0]}", highlight=False)
     table = Table("choice", "options", "ordered")
     for choice in space.choices.values():
         table.add_row(choice.name, ", ".join(map(str, choice.labels)), "yes" if choice.ordered else "")

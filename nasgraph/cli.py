@@ -6,6 +6,7 @@ What the user can mend costs one line and exit code 2. Nothing heavy is imported
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -91,6 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         "nasgraph resume results/cora\nnasgraph resume results/cora --trials 200",
     )
     sub.add_argument("folder", type=Path, help="run folder")
+    sub.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="search.timeout_s=900, final.top=8"
+    )
     budget(sub)
 
     sub = command("report", _report, "write the HTML report of a run anew", "nasgraph report results/cora")
@@ -160,7 +164,7 @@ def _overrides(options: argparse.Namespace) -> list[str]:
         f"{key}={getattr(options, name)}" for name, key in keys.items() if getattr(options, name, None) is not None
     ]
     if options.data_root is not None:
-        found.append(f"data_root={options.data_root.resolve()}")
+        found.append(f"data_root={json.dumps(str(options.data_root.resolve()))}")  # a JSON string is YAML
     return found
 
 
@@ -177,7 +181,7 @@ def _search(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     from nasgraph import search
 
-    return search.resume(options.folder, _overrides(options), quiet=options.quiet)
+    return search.resume(options.folder, [*options.set, *_overrides(options)], quiet=options.quiet)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -199,7 +203,7 @@ def _score(options: argparse.Namespace) -> int:
     from nasgraph import config
 
     values = {"space": options.space, "task": options.task, "seed": options.seed}
-    values["screen"] = {"candidates": options.n, "proxies": options.proxy, "samples": options.samples}
+    values["screen"] = {"candidates": options.n, "proxies": options.proxy, "samples": options.samples, "keep": 0}
     values["search"] = {"workers": options.workers}
     if options.data_root is not None:
         values["data_root"] = str(options.data_root.resolve())

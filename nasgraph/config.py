@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, field_validator, model_validator
 
 from nasgraph import registry
 from nasgraph.errors import ConfigError, did_you_mean
@@ -49,7 +50,9 @@ class Screen(_Keys):
     """Tier 1: score many untrained candidates, keep the best for the study."""
 
     candidates: int = Field(200, ge=1, description="how many random candidates are scored")
-    proxies: list[str] = Field(["ntk_cond"], description="training-free scores; params and flops always stand beside")
+    proxies: list[str] = Field(
+        ["ntk_cond"], min_length=1, description="training-free scores; params and flops always stand beside"
+    )
     rank_by: list[str] | None = Field(None, description="proxies whose ranks are summed; default: the first")
     keep: int = Field(16, ge=0, description="how many of the best go to the study first")
     samples: int = Field(32, ge=2, description="labelled training samples that a proxy sees")
@@ -59,9 +62,12 @@ class Search(_Keys):
     """Tier 2: the Optuna study."""
 
     sampler: Plugin = Field(Plugin(name="nsga2"), description="random, tpe, nsga2, gp or module:Class of Optuna's kind")
+    start: list[dict[str, str | int | float | bool | None]] = Field(
+        [], description="architectures (choice: option) that are tried first, e.g. networks known to be good"
+    )
     trials: int = Field(60, ge=1, description="how many candidates are trained")
     baseline: bool = Field(True, description="also run a random search of equal budget, to stand beside")
-    workers: int = Field(0, ge=0, description="child processes; 0: in this process")
+    workers: int = Field(1, ge=0, description="child processes; 0: in this process, without time and memory limits")
     ray: bool = Field(False, description="run the workers as Ray actors (local, or the cluster of RAY_ADDRESS)")
     gpus_per_worker: float = Field(0.0, ge=0, description="share of a GPU that Ray gives each worker")
     timeout_s: float | None = Field(600, gt=0, description="longest time for one candidate (child processes, Ray)")
@@ -81,7 +87,7 @@ class Config(_Keys):
     space: Plugin
     task: Plugin
     objectives: list[str] = Field(["val_accuracy", "params"], min_length=1)
-    limits: dict[str, float] = Field({}, description="upper bounds of objectives, e.g. {params: 50000}")
+    limits: dict[str, FiniteFloat] = Field({}, description="upper bounds of objectives, e.g. {params: 50000}")
     train: Train = Train()  # type: ignore[call-arg]
     seeds: list[int] = Field([0], min_length=1, description="seeds whose validation results are averaged per candidate")
     screen: Screen | None = None
@@ -112,6 +118,12 @@ class Config(_Keys):
         ):
             for name in names:
                 registry.check(kind, name)
+        if self.search.memory_gb is not None and (self.search.ray or not self.search.workers):
+            raise ConfigError(
+                "search.memory_gb: needs child processes, so search.workers of at least 1 and no search.ray"
+            )
+        if self.threads > (os.cpu_count() or 1):
+            raise ConfigError(f"threads: {self.threads} are more than the {os.cpu_count()} processors of this machine")
         for name in self.limits:
             if name not in self.objectives:
                 raise ConfigError(f"limits: '{name}' is not an objective.{did_you_mean(name, self.objectives)}")
@@ -199,11 +211,16 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             found = inner.get(parent)
             inner[parent] = {"name": found} if isinstance(found, str) else found if isinstance(found, dict) else {}
             inner = inner[parent]
-        inner[last] = yaml.safe_load(value)
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {text}: {value!r} is not valid YAML") from None
     return changed
 
 
 def _nearby(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path("configs")
     known = [str(found) for found in folder.glob("*.yaml")] if folder.is_dir() else []
+    if len(path.parts) == 1:
+        known += [shipped.stem for shipped in (Path(__file__).parent / "configs").glob("*.yaml")]
     return did_you_mean(str(path), known) or (f" There are: {', '.join(sorted(known))}" if known else "")

@@ -35,7 +35,7 @@ class Display:
     """Progress of a run. ``seconds`` holds the wall time of each finished phase."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console()
+        self.console = Console(markup=False)
         self.quiet = quiet
         self.bars: Progress | None = None
         self.seconds: dict[str, float] = {}

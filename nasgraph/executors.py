@@ -35,6 +35,8 @@ class Executor(Protocol):
     """Takes candidates by ticket and hands results back in any order. Use it as a context manager."""
 
     slots: int
+    timeout_s: float | None
+    """Longest time for a candidate; may be changed between candidates. None: no limit."""
 
     def submit(self, ticket: int, payload: Any) -> None:
         """Queue ``evaluate(payload)``; its result comes back under ``ticket``."""
@@ -87,6 +89,7 @@ class InProcess:
     """One candidate at a time in this process: the simplest to debug. A segfault or endless loop is not survived."""
 
     slots = 1
+    timeout_s: float | None = None
 
     def __init__(self, evaluate: Evaluate) -> None:
         self._evaluate = evaluate

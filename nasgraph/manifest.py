@@ -46,6 +46,7 @@ def write(path: Path, manifest: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise NasgraphError(f"cannot write {path}: {error.strerror or error}; free the disk or choose --out") from None
 
 
@@ -55,13 +56,14 @@ def read(path: Path) -> dict[str, Any]:
     Raises: NasgraphError: there is none. DamagedFile: it is not what was written.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise NasgraphError(f"{path.parent} holds no run: there is no {path.name} in it") from None
     except (OSError, ValueError) as error:
         raise DamagedFile(f"{path} is damaged ({error}): restore it, or start a new run in another folder") from None
-    if not isinstance(found, dict) or "config" not in found:
-        raise DamagedFile(f"{path} is damaged (no config in it): restore it, or start a new run in another folder")
+    for key in ("config", "space", "task", "seconds"):
+        if not isinstance(found, dict) or not isinstance(found.get(key), dict):
+            raise DamagedFile(f"{path} is damaged (no {key} in it): restore it, or start a new run in another folder")
     return found
 
 

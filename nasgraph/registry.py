@@ -74,7 +74,8 @@ def resolve(kind: str, name: str) -> Any:
         raise ConfigError(f"'{name}': {module_name} cannot be imported: {_where(error)}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ConfigError(f"'{name}': {module_name} has no {attribute}.{did_you_mean(part, dir(found))}")
+            hint = did_you_mean(part, [known for known in dir(found) if not known.startswith("_")])
+            raise ConfigError(f"'{name}': {module_name} has no {attribute}.{hint}")
         found = getattr(found, part)
     return found
 

@@ -7,6 +7,7 @@ import functools
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nasgraph import config, manifest, registry
+from nasgraph import config, manifest
+from nasgraph.catalogue import make_space
 from nasgraph.compare import Comparison, distinct
 from nasgraph.config import Config
 from nasgraph.errors import ConfigError, DamagedFile, NasgraphError
@@ -73,7 +75,7 @@ class Run:
     def space(self) -> SearchSpace:
         """The search space. Raises: NasgraphError: it is no longer what it was when the run began."""
         plugin = self.config.space
-        space: SearchSpace = registry.make("spaces", plugin.name, plugin.arguments, self.facts["task"]["sizes"])
+        space = make_space(plugin.name, plugin.arguments, self.facts["task"]["sizes"])
         self.check("space", space.fingerprint())
         return space
 
@@ -155,9 +157,8 @@ class Run:
         """The record whose key begins with ``key``. Raises: ConfigError: there is none, or more than one."""
         found = {r.key: r for name in ("search", "random") for r in self.records(name) if r.key.startswith(key)}
         if len(found) != 1:
-            why = "no architecture" if not found else f"{len(found)} architectures"
             known = ", ".join(record.key for record in self.front()[:5]) or "nothing yet"
-            raise ConfigError(f"{why} of {self.folder} has a key that begins with '{key}'. On the front: {known}")
+            raise ConfigError(f"{len(found)} keys of {self.folder} begin with '{key}', not one. On the front: {known}")
         return next(iter(found.values()))
 
     @cached_property
@@ -167,7 +168,10 @@ class Run:
         if not path.exists():
             return {}
         try:
-            return {key: Final(**values) for key, values in json.loads(path.read_text(encoding="utf-8")).items()}
+            found = {key: Final(**values) for key, values in json.loads(path.read_text(encoding="utf-8")).items()}
+            if not all(isinstance(final.values, dict) and isinstance(final.info, dict) for final in found.values()):
+                raise ValueError("not the records of models")
+            return found
         except (ValueError, TypeError, AttributeError) as error:
             raise DamagedFile(f"{path} is damaged ({error}): delete it, and resume: models are finished anew") from None
 
@@ -224,6 +228,15 @@ class Run:
             found["random search, its best on validation"] = self.finals[best.key].values
         return found
 
+    def trouble(self) -> str:
+        """Why the search has no front: how many trials failed, and the commonest reason."""
+        failed = [record for record in self.records("search") if record.state == "failed"]
+        if not failed:
+            return "no trial was made"
+        reason, count = Counter(record.reason for record in failed).most_common(1)[0]
+        detail = next(record.detail for record in failed if record.reason == reason)
+        return f"all of {len(failed)} trials failed, {count} of them with '{reason}', e.g. {detail}"
+
     def show(self, console: Console) -> None:
         """Print the Pareto table, what stands beside it, and where everything is."""
         names = [name for name, _ in self.objectives]
@@ -236,16 +249,19 @@ class Run:
             test = number("test_accuracy", final["test_accuracy"]) if "test_accuracy" in final else ""
             table.add_row(label, *(number(name, values[name]) if name in values else "" for name in names), test, mean)
 
-        for record in self.chosen():
+        chosen = self.chosen()
+        for record in chosen:
             row(record.key[:11], record.values, self.finals.get(record.key, Final({}, {})).values)
         table.add_section()
         best = self.best("random")
         if best is not None:
             values = self.finals.get(best.key, Final({}, {})).values
-            row(f"random search, {self.config.search.trials} trials", best.values, values)
+            row(f"random search, {len(self.records('random'))} trials", best.values, values)
         for label, values in self.facts.get("references", {}).items():
             row(label, values, values)
         console.print(table)
+        if not chosen:
+            console.print(f"nothing to export: {self.trouble()}", style="yellow")
         against = Comparison(self.records("search"), self.records("random"), self.objectives)
         if against.random_volume and against.search_volume:
             volumes = f"search {against.search_volume[-1]:.3f}, random {against.random_volume[-1]:.3f}"
@@ -271,4 +287,5 @@ def writing(path: Path) -> Iterator[io.StringIO]:
         temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise NasgraphError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from None

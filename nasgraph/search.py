@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nasgraph import __version__, config, manifest
+from nasgraph import __version__, config, database, manifest, registry
 from nasgraph.config import Config
 from nasgraph.console import Display
 from nasgraph.errors import ConfigError, NasgraphError
@@ -21,13 +21,18 @@ from nasgraph.executors import Executor, InProcess, Processes, RayActors
 from nasgraph.objectives import Result, Scored
 from nasgraph.readable import number
 from nasgraph.run import MANIFEST, MODELS, PARETO, REPORT, SCREEN, Run, writing
+from nasgraph.samplers import make_sampler
 from nasgraph.screen import ScreenRow, ScreenTable, screen, survivors
 from nasgraph.space import Architecture
 from nasgraph.study import TrialRecord
 from nasgraph.workers import BASELINE_PROXIES, Parts, Worker, parts, rank_by
 
 # What may be changed when a run goes on: how long and with what, never what is searched.
-RESUMABLE = ("search.trials", "search.workers", "search.ray", "search.timeout_s", "search.memory_gb", "data_root")
+RESUMABLE = (
+    *("search.trials", "search.workers", "search.ray", "search.timeout_s", "search.memory_gb", "data_root"),
+    *("final.top", "export"),
+)
+EXPORT_S = 300.0  # added to the time limit of a final training, for the export
 
 
 def start(settings: Config, folder: Path, quiet: bool = False) -> int:
@@ -43,8 +48,10 @@ def start(settings: Config, folder: Path, quiet: bool = False) -> int:
         raise ConfigError(f"{folder} is a file: choose another --out")
     display = Display(quiet)
     with _timed(display, "load"):
+        _check_plugins(settings)
         made = parts(settings)
         made.space.sample(random.Random(settings.seed))  # a constraint that nothing meets costs no training
+        _known(settings, made)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -60,8 +67,9 @@ def start(settings: Config, folder: Path, quiet: bool = False) -> int:
         "seconds": {},
         "artifacts": {},
     }
-    manifest.write(folder / MANIFEST, facts)
-    return _go(Run(folder, settings, facts, made.space), made, display)
+    with _alone(folder):
+        manifest.write(folder / MANIFEST, facts)
+        return _go(Run(folder, settings, facts, made.space), made, display)
 
 
 def resume(folder: Path, overrides: Sequence[str] = (), quiet: bool = False) -> int:
@@ -69,17 +77,26 @@ def resume(folder: Path, overrides: Sequence[str] = (), quiet: bool = False) -> 
 
     Raises: NasgraphError: there is no run, a file of it is damaged, or space or data are no longer the same.
     """
+    manifest.read(folder / MANIFEST)  # there is a run
+    with _alone(folder):
+        return _resume(folder, overrides, Display(quiet))
+
+
+def _resume(folder: Path, overrides: Sequence[str], display: Display) -> int:
     facts = manifest.read(folder / MANIFEST)
     for text in overrides:
         if text.partition("=")[0] not in RESUMABLE:
             raise ConfigError(f"{text.partition('=')[0]} cannot change when a run goes on: start a new one with it")
     settings = config.parse(config.override(facts["config"], overrides), f"{folder / MANIFEST}: config")
-    display = Display(quiet)
     with _timed(display, "load"):
+        _check_plugins(settings)
         made = parts(settings)
     run = Run(folder, settings, facts, made.space)
     run.check("space", made.space.fingerprint())
     run.check("task", made.task.fingerprint())
+    done = len(run.records("search"))
+    if settings.search.trials < done:
+        raise ConfigError(f"{folder} holds {done} trials already: --trials counts them too, give at least as many")
     facts |= {"status": "running", "config": settings.model_dump(mode="json")}
     facts["resumed"] = [*facts.get("resumed", []), manifest.now()]
     manifest.write(folder / MANIFEST, facts)
@@ -108,11 +125,15 @@ def score(settings: Config, out: Path, quiet: bool = False) -> int:
     """Score random architectures with proxies and write them as CSV. Returns the exit code."""
     if not out.parent.is_dir():
         raise ConfigError(f"there is no folder {out.parent}: make it, or choose another --out")
+    if out.is_dir():
+        raise ConfigError(f"{out} is a folder: name a file with --out")
     display = Display(quiet)
+    _check_plugins(settings)
     made = parts(settings)
-    database = out.with_name(out.name + ".db")
+    table = out.with_name(out.name + ".db")
+    table.unlink(missing_ok=True)  # of a scoring that was stopped, perhaps with other proxies
     with _executor(settings) as executor:
-        rows = _screen(settings, made, database, executor, display)
+        rows = _screen(settings, made, table, executor, display)
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     with writing(out) as file:
         writer = csv.writer(file)
@@ -121,7 +142,7 @@ def score(settings: Config, out: Path, quiet: bool = False) -> int:
             failed = f"{row.reason}: {row.detail}" if row.reason else ""
             values = [row.values.get(name, "") for name in names]
             writer.writerow([row.index, row.key, *values, failed, row.arch.to_json()])
-    for leftover in (database, database.with_name(database.name + ".lock")):
+    for leftover in (table, table.with_name(table.name + ".lock")):
         leftover.unlink(missing_ok=True)
     display.say(f"{len(rows)} architectures ({len({row.key for row in rows})} distinct networks) in {out}")
     return 0
@@ -143,11 +164,12 @@ def _go(run: Run, made: Parts, display: Display) -> int:
         with _timed(display, "report"):
             run.write_report()
     except BaseException as error:
-        _note(run, display, "stopped" if isinstance(error, NasgraphError) else "interrupted", str(error))
+        with suppress(NasgraphError):  # the first error is the one to tell
+            _note(run, display, "stopped" if isinstance(error, NasgraphError) else "interrupted", str(error))
         raise
     _note(run, display, "finished")
     run.show(display.console)
-    return 0
+    return 0 if any(run.finals[record.key].exports for record in run.chosen()) else 1
 
 
 def _note(run: Run, display: Display, status: str = "running", reason: str = "") -> None:
@@ -162,15 +184,20 @@ def _note(run: Run, display: Display, status: str = "running", reason: str = "")
 
 
 def _first(run: Run, made: Parts, executor: Executor, display: Display) -> list[Architecture]:
-    """Tier 1: the survivors of the screen, which the study evaluates first."""
+    """What the study evaluates first: the architectures that the config names, and the survivors of tier 1."""
     tier, columns = run.config.screen, rank_by(run.config)
     if tier is None:
-        return []
+        return _known(run.config, made)
     rows = _screen(run.config, made, run.folder / SCREEN, executor, display)
     _note(run, display)
     costs = [name for name in BASELINE_PROXIES if name in run.config.objectives]  # the screen knows these exactly
-    kept = survivors(rows, columns, ["maximize"] * len(columns), tier.keep, costs)
-    return [row.arch for row in kept]
+    kept = survivors(rows, columns, ["maximize"] * len(columns), tier.keep, costs) if tier.keep else []
+    return [*_known(run.config, made), *(row.arch for row in kept)]
+
+
+def _known(settings: Config, made: Parts) -> list[Architecture]:
+    """The architectures of ``search.start``. Raises: SpaceError: one that the space does not have."""
+    return [made.space.architecture(choices) for choices in settings.search.start]
 
 
 def _screen(settings: Config, made: Parts, path: Path, executor: Executor, display: Display) -> list[ScreenRow]:
@@ -215,6 +242,8 @@ def _finish(run: Run, executor: Executor, display: Display) -> None:
     if best is not None:
         wanted.setdefault(best.key, (best, None))
     todo = {key: item for key, item in wanted.items() if not _finished(run, key, item[1])}
+    if executor.timeout_s is not None:
+        executor.timeout_s = executor.timeout_s * run.config.final.seeds + EXPORT_S
     waiting = dict(enumerate(todo))
     for ticket, key in waiting.items():
         executor.submit(ticket, ("finish", _finish_payload(*todo[key])))
@@ -253,11 +282,27 @@ def _finish_payload(record: TrialRecord, target: Path | None) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the run. Raises: ConfigError: another process is working in it."""
+    with database.lock(folder / "run.lock", f"another process is running {folder}: wait for it or stop it"):
+        yield
+
+
+def _check_plugins(settings: Config) -> None:
+    """Make or import what the config names and only a later phase would touch. Raises: ConfigError."""
+    make_sampler(settings.search.sampler.name, 0, **settings.search.sampler.arguments)
+    for name in settings.screen.proxies if settings.screen else []:
+        registry.resolve("proxies", name)
+    for name in settings.export:
+        registry.resolve("exporters", name)
+
+
 class _Role:
     """An executor whose payloads are all of one role of :class:`~nasgraph.workers.Worker`."""
 
     def __init__(self, role: str, executor: Executor) -> None:
-        self.role, self.executor, self.slots = role, executor, executor.slots
+        self.role, self.executor, self.slots, self.timeout_s = role, executor, executor.slots, executor.timeout_s
 
     def submit(self, ticket: int, payload: Any) -> None:
         self.executor.submit(ticket, (self.role, payload))

@@ -462,7 +462,17 @@ class SearchSpace:
 
     def violated(self, architecture: Architecture) -> list[str]:
         """Names of the constraints that ``architecture`` does not meet."""
-        return [name for name, holds in self.constraints.items() if not holds(architecture)]
+        found = []
+        for name, holds in self.constraints.items():
+            try:
+                if not holds(architecture):
+                    found.append(name)
+            except Exception as error:  # most often a choice that is not active: arch["x"] instead of arch.get("x")
+                what = f"{type(error).__name__}: {error}"
+                raise SpaceError(
+                    f"constraint '{name}' of space '{self.name}' failed on {architecture}: {what}"
+                ) from error
+        return found
 
     # ---- explore ------------------------------------------------------------------------------------------------
 
@@ -750,7 +760,7 @@ def _effect(thing: Any) -> Any:
     if isinstance(thing, Op):
         return ("op", _reads(ConcreteOp(thing.make, {}, thing.label, thing.is_call, thing.takes)), parts)
     if isinstance(thing, Switch):
-        return ("switch", parts)
+        return ("switch", thing.choice.name, tuple(map(_effect, thing.cases.values())))
     return parts or None
 
 

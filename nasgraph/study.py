@@ -235,8 +235,9 @@ class Study:
             return self._fixed(index, first[index], 0)
         for attempt in range(ATTEMPTS):
             sampler = self._sampler(index, attempt)
-            trial = self._memory.ask()
-            arch = self.space.decide(functools.partial(_suggest, trial))
+            with self._sampling():
+                trial = self._memory.ask()
+                arch = self.space.decide(functools.partial(_suggest, trial))
             if not self.space.violated(arch):
                 key = self.space.key(arch)
                 if key not in flying and not isinstance(self._results.get(key), Failed):
@@ -252,6 +253,15 @@ class Study:
         trial = self._memory.ask()
         self.space.decide(functools.partial(_suggest, trial))
         return _Asked(index, trial, sampler, arch, self.space.key(arch), attempt)
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """What a sampler cannot do (several objectives, conditional choices, ...) is said in one line."""
+        try:
+            yield
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError) as error:
+            kind = type(self._memory.sampler).__name__
+            raise ConfigError(f"sampler {kind} cannot search this: {_line(error)}. Choose another sampler") from error
 
     def _sampler(self, index: int, attempt: int) -> BaseSampler:
         """A fresh sampler, put in charge of the study in memory. All that it can know is in the trials."""
@@ -305,7 +315,8 @@ class Study:
             if scored:
                 for name, limit in self.limits.items():
                     asked.trial.set_constraint(name, values[name] - limit)
-                self._memory.tell(asked.trial, [values[name] for name, _ in self.objectives])
+                with self._sampling():
+                    self._memory.tell(asked.trial, [values[name] for name, _ in self.objectives])
             else:
                 self._memory.tell(asked.trial, state=TrialState.FAIL)
             told = copy.deepcopy(self._memory.get_trials(deepcopy=False)[asked.trial.number])

@@ -17,6 +17,7 @@ import torch
 
 from nasgraph import registry
 from nasgraph.build import build
+from nasgraph.catalogue import make_space
 from nasgraph.config import Config
 from nasgraph.errors import ConfigError, NotFinite
 from nasgraph.objectives import Evaluator, Failed, Objective, Result, Scored, check_alone, failure, find_objective
@@ -58,9 +59,7 @@ def parts(config: Config) -> Parts:
     device = _device(config.device)
     task: Task = registry.make("tasks", config.task.name, config.task.arguments)
     task = task.to(device)
-    space = registry.make("spaces", config.space.name, config.space.arguments, task.sizes)
-    if not isinstance(space, SearchSpace):
-        raise ConfigError(f"space '{config.space.name}' made a {type(space).__name__}, not a SearchSpace")
+    space = make_space(config.space.name, config.space.arguments, task.sizes)
     return Parts(space, task, objectives, settings, device)
 
 
@@ -197,6 +196,6 @@ def export_to(
 
 def rank_by(config: Config) -> list[str]:
     """The proxies whose ranks choose the survivors of the screen."""
-    if config.screen is None:
+    if config.screen is None or config.screen.keep == 0:
         return []
     return config.screen.rank_by or config.screen.proxies[:1]

@@ -312,3 +312,36 @@ def test_names_that_every_model_has_are_refused(name):
     space.output(space.add(name, Op(nn.Linear, out_features=2), space.input("x", X)))
     with pytest.raises(SpaceError, match=f"node '{name}'"):
         build(space, {})
+
+
+class Stack(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def test_operations_inside_lists_are_made():
+    space = SearchSpace("nested")
+    x = space.input("x", torch.randn(2, 5))
+    space.output(space.add("stack", Op(Stack, layers=[Op(nn.Linear, out_features=5), Op(nn.ReLU)]), x))
+    model = build(space, space.architecture({}))
+    assert [type(layer) for layer in model.stack.layers] == [nn.Linear, nn.ReLU]
+
+
+def whole(x):
+    return (x > 0).long()
+
+
+def test_shapes_are_known_by_type_too():
+    """An operation that was run on floats may give another type on whole numbers."""
+    space = SearchSpace("types")
+    x = space.input("x", torch.randn(2, 5))
+    plain, number = space.add("plain", Op(nn.Identity), x), space.add("whole", Call(whole), x)
+    again = space.add("again", Op(nn.Flatten), Choice("read", {"plain": plain, "whole": number}))
+    embed = Op(nn.Embedding, num_embeddings=2, embedding_dim=3)
+    space.output(space.add("end", Choice("end", {"linear": Op(nn.Linear, out_features=3), "embed": embed}), again))
+    for architecture in ({"read": "plain", "end": "linear"}, {"read": "whole", "end": "embed"}):
+        build(space, space.architecture(architecture))

@@ -13,18 +13,22 @@ from pathlib import Path
 
 import pytest
 
-from nasgraph import manifest, search
+from nasgraph import database, manifest, search
 from nasgraph.cli import main
 from nasgraph.config import Config, parse
-from nasgraph.errors import ConfigError, DamagedFile
+from nasgraph.errors import ConfigError, DamagedFile, SpaceError
+from nasgraph.executors import InProcess
 from nasgraph.run import Run
+from nasgraph.screen import ScreenTable, screen
+from nasgraph.search import _Role
+from nasgraph.workers import Worker, parts
 
 TINY = {
     "space": {"name": "gnn_node", "layers": 2, "widths": [8, 16]},
     "task": "digits_knn",
     "train": {"epochs": 4, "patience": 4},
     "screen": {"candidates": 8, "proxies": ["ntk_cond", "grad_norm"], "keep": 3, "samples": 16},
-    "search": {"trials": 8, "timeout_s": 120},
+    "search": {"trials": 8, "workers": 0},
     "final": {"top": 2, "seeds": 2},
     "export": ["code", "safetensors"],
 }
@@ -112,11 +116,26 @@ def test_the_search_is_the_same_again_and_resume_repeats_nothing(run: Path, tmp_
     assert len((again / "study.db").read_bytes()) == len(before)
 
 
+def test_known_architectures_are_tried_first(tmp_path: Path) -> None:
+    known = {"depth": "1", "conv1": "gcn", "head": "gcn", "width": 8, "activation": "relu", "norm": "none"}
+    known |= {"input_dropout": 0.5, "dropout": 0.5, "propagate": "none"}
+    plain = {"final": {"top": 1, "seeds": 1}, "export": ["safetensors"]}
+    settings = tiny(**plain, search={"trials": 5, "workers": 0, "baseline": False, "start": [known]})
+    assert search.start(settings, tmp_path / "run", quiet=True) == 0
+    records = Run.open(tmp_path / "run").records("search")
+    assert dict(records[0].arch) == known
+    assert len(records) == 5
+    with pytest.raises(SpaceError, match="has no option 'gnc'"):
+        wrong = {"trials": 5, "start": [{**known, "conv1": "gnc"}]}
+        search.start(tiny(**plain, search=wrong), tmp_path / "wrong", quiet=True)
+    assert not (tmp_path / "wrong").exists()
+
+
 def test_more_trials_extend_a_finished_run(tmp_path: Path) -> None:
     long, short = tmp_path / "long", tmp_path / "short"
     plain = {"screen": None, "final": {"top": 1, "seeds": 1}}
-    assert search.start(tiny(**plain, search={"trials": 7, "baseline": False}), long, quiet=True) == 0
-    assert search.start(tiny(**plain, search={"trials": 4, "baseline": False}), short, quiet=True) == 0
+    assert search.start(tiny(**plain, search={"trials": 7, "workers": 0, "baseline": False}), long, quiet=True) == 0
+    assert search.start(tiny(**plain, search={"trials": 4, "workers": 0, "baseline": False}), short, quiet=True) == 0
     assert search.resume(short, ["search.trials=7"], quiet=True) == 0
     assert results(short) == results(long)
 
@@ -153,7 +172,7 @@ def test_report_and_export_of_a_finished_run(run: Path, tmp_path: Path, capsys: 
     assert main(["export", str(run), "--key", key[:12], "--format", "code", "safetensors", "--out", str(out)]) == 0
     assert {"model.py", "model.safetensors", "architecture.json"} <= {path.name for path in out.iterdir()}
     assert main(["export", str(run), "--key", "k1-zzz"]) == 2
-    assert "begins with 'k1-zzz'" in capsys.readouterr().err
+    assert "0 keys of" in capsys.readouterr().err
 
 
 def test_score_writes_a_row_per_architecture(tmp_path: Path) -> None:
@@ -233,6 +252,12 @@ def test_a_users_broken_space_costs_one_line(
         ({"space": "tests_space_of_nobody:space"}, "there is no module tests_space_of_nobody"),
         ({"search": {"sampler": {"name": "nsga2", "populaton_size": 3}}}, "Did you mean 'population_size'?"),
         ({"limits": {"val_accuracy": 1}}, "is maximised"),
+        ({"limits": {"params": float("nan")}}, "limits.params"),
+        ({"search": {"sampler": "optuna.samplers:NoSampler"}}, "has no NoSampler"),
+        ({"search": {"workers": 0, "memory_gb": 1}}, "memory_gb: needs child processes"),
+        ({"screen": {"proxies": ["os:nothing_there"]}}, "os has no nothing_there"),
+        ({"export": ["os:nothing_there"]}, "os has no nothing_there"),
+        ({"threads": 100_000}, "processors of this machine"),
         ({"objectives": ["val_accuracy", "latency_ms"], "search": {"workers": 2}}, "latency_ms"),
     ],
 )
@@ -245,6 +270,34 @@ def test_a_bad_config_trains_nothing(
     assert said in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out" / "study.db").exists()
+
+
+def test_a_search_without_a_result_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path / "no.yaml", {**TINY, "limits": {"params": 1}, "search": {"trials": 2, "workers": 0}})
+    assert main(["search", str(config), "--out", str(tmp_path / "out"), "--quiet"]) == 1
+    assert "all of 2 trials failed, 2 of them with 'limit', e.g. params is" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_stopped_scoring_leaves_nothing_to_the_next(tmp_path: Path) -> None:
+    out = tmp_path / "scores.csv"
+    score = ["score", "gnn_node", "--task", "digits_knn", "--set", "space.layers=1", "--out", str(out), "--quiet"]
+    settings = parse({**TINY, "space": {"name": "gnn_node", "layers": 1}, "search": {"workers": 0}})
+    with ScreenTable(out.with_name("scores.csv.db")) as table, InProcess(Worker(settings)) as executor:
+        screen(parts(settings).space, table, 4, 0, _Role("score", executor))
+    assert main([*score, "--proxy", "naswot", "params", "-n", "2"]) == 0
+    with out.open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [row["index"] for row in found] == ["0", "1"] and "naswot" in found[0]
+
+
+def test_a_second_resume_leaves_a_running_one_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "manifest.json").read_bytes()
+    with database.lock(run / "run.lock", "held"):
+        assert main(["resume", str(run), "--trials", "9", "--quiet"]) == 2
+    assert "another process is running" in capsys.readouterr().err
+    assert (run / "manifest.json").read_bytes() == before
+    assert main(["resume", str(run), "--trials", "3", "--quiet"]) == 2
+    assert "holds 8 trials already" in capsys.readouterr().err
 
 
 def test_a_taken_folder_is_left_alone(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -460,3 +460,26 @@ def test_arguments_without_a_lasting_name_are_refused():
     space.output(space.add("n", Op(alpha, size=object()), space.input("x", torch.zeros(2, 3))))
     with pytest.raises(SpaceError, match="no name that lasts"):
         space.key({})
+
+
+def test_size_with_mirrored_switches():
+    """Two switches that read one choice the other way round are not alike."""
+    space = SearchSpace("mirror")
+    x = space.input("x", None)
+    c, w, z = Choice("c", ["a", "b"]), Choice("w", [1, 2, 3]), Choice("z", [1, 2, 3])
+    d = Choice("d", {"p": Switch(c, {"a": w, "b": 4}), "q": Switch(c, {"b": w, "a": 4})})
+    first = space.add("first", Op(make_layer, out_features=d), x)
+    space.output(space.add("second", Op(make_layer, out_features=Switch(c, {"a": z, "b": 5})), first))
+    assert space.size() == len(list(space.enumerate())) == 16
+
+
+def test_a_constraint_that_raises_is_named():
+    space = SearchSpace("bad")
+    space.output(space.add("first", Op(make_layer, out_features=Choice("w", [1, 2])), space.input("x", None)))
+    space.constrain("narrow", lambda arch: arch["nope"] < 3)
+    with pytest.raises(SpaceError, match="constraint 'narrow' .* KeyError: 'nope'"):
+        space.sample(random.Random(0))
+
+
+def make_layer(out_features):
+    raise AssertionError("never made")

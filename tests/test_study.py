@@ -541,3 +541,15 @@ def test_a_fresh_sampler_meets_each_trial(tmp_path: Path) -> None:
     records = run(study(tmp_path / "study.db", make), 10)
     assert len(set(made[1:])) == len(made) - 1 >= 10  # one for the check at the start, then one per proposal
     assert len({r.key for r in records}) == 10
+
+
+class OneObjectiveOnly(RandomSampler):
+    def sample_independent(self, *arguments: Any, **more: Any) -> Any:
+        raise ValueError("this sampler knows one objective only")
+
+
+def test_what_a_sampler_cannot_search_is_said_in_one_line(tmp_path: Path) -> None:
+    study = Study(tmp_path / "study.db", "s", fakes.chain(), fakes.OBJECTIVES, lambda seed: OneObjectiveOnly(seed))
+    said = "OneObjectiveOnly cannot search this: this sampler knows one objective only"
+    with InProcess(fakes.toy) as executor, pytest.raises(ConfigError, match=said):
+        study.run(3, executor)

@@ -238,7 +238,7 @@ def _connected(family: str, dataset: str, root: str | None, seed: int) -> NodeDa
 
 
 def _from_function(function: str, seed: int) -> NodeData:
-    return checked(registry.resolve("tasks", function)(), function, seed)
+    return checked(registry.make("tasks", function, {}), function, seed)
 
 
 def _normalised(data: Any) -> Any:
