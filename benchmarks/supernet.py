@@ -92,10 +92,10 @@ def making(name: str, space: SearchSpace, n: int) -> str:
 
 
 def scoring(task: NodeTask, space: SearchSpace, n: int) -> str:
-    supernet, rng = Supernet(space), random.Random(0)
-    supernet.train(task, Uniform(space), 3)
+    supernet, rng = Supernet(space, task), random.Random(0)
+    supernet.train(Uniform(space), 3)
     archs: list[Architecture] = [space.sample(rng) for _ in range(n)]
-    took = seconds(lambda: supernet.evaluate(archs, task))
+    took = seconds(lambda: supernet.evaluate(archs))
     norms = sum(supernet.has_batch_norm(arch) for arch in archs)
     return (
         f"{n} random subnets of `gnn_node` scored on the validation nodes of `{task.name}`: {n / took:.1f} a second "

@@ -25,6 +25,7 @@ from nasgraph.training.loop import TrainSettings, _optimizer
 
 if TYPE_CHECKING:
     from nasgraph.supernet import Supernet
+    from nasgraph.tasks.base import Task
 
 FILE = "checkpoint.json"
 VERSION = 1
@@ -75,7 +76,7 @@ def save(supernet: Supernet, folder: str | os.PathLike[str]) -> Path:
     return place / FILE
 
 
-def load(folder: str | os.PathLike[str], space: SearchSpace) -> Supernet:
+def load(folder: str | os.PathLike[str], space: SearchSpace, task: Task | None = None) -> Supernet:
     """The supernet in ``folder``; see :meth:`nasgraph.supernet.Supernet.load`."""
     from safetensors.torch import load as from_bytes
 
@@ -98,7 +99,7 @@ def load(folder: str | os.PathLike[str], space: SearchSpace) -> Supernet:
     if hashlib.sha256(data).hexdigest() != about["sha256"]:
         raise DamagedFile(f"checkpoint {place}: {about['tensors']} is not what was written (SHA-256 differs)")
     tensors = from_bytes(data)
-    supernet = Supernet(space, about["seed"])
+    supernet = Supernet(space, task, about["seed"])
     expected = {json.dumps(key): tuple(parameter.shape) for key, parameter in supernet.store.items()}
     found = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("optimizer/")}
     if expected != found:

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nasgraph import checkpoint as checkpoints
 from nasgraph.build import build_graph, node_seed
 from nasgraph.canonical import simplify
-from nasgraph.errors import SpaceError
+from nasgraph.errors import ConfigError, SpaceError
 from nasgraph.slicing import OWN_RULES, Cut, Shape, cut_for, taken
 from nasgraph.space import Architecture, Graph, Label, SearchSpace
 from nasgraph.training.loop import TrainSettings
@@ -63,6 +63,8 @@ class Structure:
 class Supernet:
     """The store for ``space``. The start of a parameter depends on ``seed``, its node and its option, on nothing else.
 
+    ``task`` is what it learns and is judged by; without one it is a store to slice.
+
     Sizes are found by :func:`nasgraph.variants.variants`: all forms that an operation takes in the space, before
     constraints. Each entry of a stored parameter starts as in the largest form that uses it, so the largest form starts
     as it would alone.
@@ -71,8 +73,8 @@ class Supernet:
     form of the same option; names the node, the option and the parameter.
     """
 
-    def __init__(self, space: SearchSpace, seed: int = 0) -> None:
-        self.space, self.seed = space, seed
+    def __init__(self, space: SearchSpace, task: Task | None = None, seed: int = 0) -> None:
+        self.space, self._task, self.seed = space, task, seed
         self.device = torch.device("cpu")
         self.store: dict[Key, nn.Parameter] = {}
         for (node, option), forms in variants(space).items():
@@ -88,6 +90,13 @@ class Supernet:
 
     def __repr__(self) -> str:
         return f"Supernet({self.space.name!r}, {self.numel:,} numbers)"
+
+    @property
+    def task(self) -> Task:
+        """What the supernet learns. Raises: ConfigError: it was made without one."""
+        if self._task is None:
+            raise ConfigError("this supernet has no task: make it as Supernet(space, task)")
+        return self._task
 
     @property
     def numel(self) -> int:
@@ -139,27 +148,26 @@ class Supernet:
         return any(_tracks(module) for module in self._structure(Architecture(architecture)).model.modules())
 
     def evaluate(
-        self, architectures: Iterable[Mapping[str, Label]], task: Task, samples: int = 2048, split: str = "val"
+        self, architectures: Iterable[Mapping[str, Label]], samples: int = 2048, split: str = "val"
     ) -> list[float]:
-        """Accuracy (a fraction) of each architecture on ``split`` of ``task``, without training.
+        """Accuracy (a fraction) of each architecture on ``split`` of the task, without training.
 
         Networks with BatchNorm are extracted, and their statistics recomputed on ``samples`` training samples (a node
         task: on its whole graph).
         """
-        batches = [task.batch(samples, self.seed)]
+        batches = [self.task.batch(samples, self.seed)]
         scores = []
         for architecture in architectures:
             model: nn.Module = self.subnet(architecture)
             if self.has_batch_norm(architecture):
                 model = recalibrate(self.extract(architecture), batches)
-            scores.append(task.score(model, split)["accuracy"])
+            scores.append(self.task.score(model, split)["accuracy"])
         return scores
 
     # ---- training -------------------------------------------------------------------------------------------------
 
     def train(
         self,
-        task: Task,
         policy: Policy,
         steps: int,
         *,
@@ -173,7 +181,7 @@ class Supernet:
     ) -> list[float]:
         """Train the store until ``steps`` updates are done in all, those before included.
 
-        So a run that was interrupted goes on with ``Supernet.load(folder, space).train(...)`` and the same arguments,
+        So an interrupted run goes on with ``Supernet.load(folder, space, task).train(...)`` and the same arguments,
         and ends with the same bits (on the CPU, with one number of threads).
 
         Args:
@@ -190,7 +198,7 @@ class Supernet:
             step before left it, and so is the checkpoint. ConfigError: an unknown reduction.
         """
         return train_shared(
-            self, task, policy, steps, settings or TrainSettings(), seed, reduction, samples, checkpoint, every, on_step
+            self, policy, steps, settings or TrainSettings(), seed, reduction, samples, checkpoint, every, on_step
         )
 
     def resume(self, policy: Policy) -> None:
@@ -203,13 +211,13 @@ class Supernet:
         return checkpoints.save(self, folder)
 
     @staticmethod
-    def load(folder: str | os.PathLike[str], space: SearchSpace) -> Supernet:
+    def load(folder: str | os.PathLike[str], space: SearchSpace, task: Task | None = None) -> Supernet:
         """What :meth:`save` wrote.
 
         Raises: SpaceError: it is of another space or key version. DamagedFile: a file is not what was written.
             ConfigError: there is no checkpoint.
         """
-        return checkpoints.load(folder, space)
+        return checkpoints.load(folder, space, task)
 
     # ---- structures -------------------------------------------------------------------------------------------------
 

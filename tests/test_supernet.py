@@ -189,7 +189,7 @@ def test_forms_of_switches() -> None:
 
 @pytest.mark.parametrize("make", [lambda: gnn_node(9, 3, widths=(8, 16)), small_cnn])
 def test_the_start_depends_on_seed_node_and_option_only(make: Any) -> None:
-    one, other, different = Supernet(make(), 3), Supernet(make(), 3), Supernet(make(), 4)
+    one, other, different = Supernet(make(), seed=3), Supernet(make(), seed=3), Supernet(make(), seed=4)
     for arch in samples(other.space, 5):
         other.subnet(arch)
     torch.manual_seed(0)

@@ -19,7 +19,6 @@ from nasgraph.training.policies import Policy
 
 if TYPE_CHECKING:
     from nasgraph.supernet import Supernet
-    from nasgraph.tasks.base import Task
     from nasgraph.tasks.batch import Batch
 
 REDUCTIONS = ("sum", "mean")
@@ -28,7 +27,6 @@ ALL = 2**31  # samples: more than any task has
 
 def train_shared(
     supernet: Supernet,
-    task: Task,
     policy: Policy,
     steps: int,
     settings: TrainSettings,
@@ -46,10 +44,10 @@ def train_shared(
         supernet.settings = settings
         supernet.optimizer = _optimizer(list(supernet.parameters()), settings)
     supernet.resume(policy)
-    whole = task.batch(ALL, seed) if samples is None else None
+    whole = supernet.task.batch(ALL, seed) if samples is None else None
     history = []
     for step in range(supernet.step, steps):
-        batch = whole or task.batch(samples or ALL, _seed(seed, step))
+        batch = whole or supernet.task.batch(samples or ALL, _seed(seed, step))
         paths = policy.sample(step, random.Random(f"paths/{seed}/{step}"))
         losses = _step(supernet, batch, paths, policy.distill, reduction, step, _seed(seed, step))
         supernet.step = step + 1

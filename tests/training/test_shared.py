@@ -84,7 +84,7 @@ def same(one: Mapping[Any, torch.Tensor], other: Mapping[Any, torch.Tensor]) -> 
 def test_a_step_is_the_sum_or_the_mean_of_its_gradients(reduction: str, distill: bool) -> None:
     """The oracle: each architecture extracted, its gradient taken alone, and added where its slices lie."""
     paths = without_dropout(3)
-    supernet, batch = Supernet(space()), TASK.batch(1000, 0)
+    supernet, batch = Supernet(space(), TASK), TASK.batch(1000, 0)
     before, total = numbers(supernet), {key: torch.zeros_like(p) for key, p in supernet.store.items()}
     teacher = None
     for arch in paths:
@@ -102,7 +102,7 @@ def test_a_step_is_the_sum_or_the_mean_of_its_gradients(reduction: str, distill:
             if gradient is not None:
                 place = total[piece.key]
                 (place if piece.cut is None else piece.cut(place)).add_(gradient)
-    supernet.train(TASK, Fixed(paths, distill), 1, settings=SGD, reduction=reduction)
+    supernet.train(Fixed(paths, distill), 1, settings=SGD, reduction=reduction)
     scale = 0.1 if reduction == "sum" else 0.1 / len(paths)
     for key, parameter in supernet.store.items():
         torch.testing.assert_close(parameter.detach(), before[key] - scale * total[key], rtol=1e-4, atol=1e-6)
@@ -118,45 +118,45 @@ def test_distillation_is_the_divergence_from_the_teacher() -> None:
 
 
 def test_what_no_path_uses_stays() -> None:
-    supernet = Supernet(space())
+    supernet = Supernet(space(), TASK)
     before, paths = numbers(supernet), without_dropout(1)
     used = {piece.key for piece in supernet._structure(paths[0]).pieces}
-    supernet.train(TASK, Fixed(paths), 3, settings=TrainSettings(weight_decay=0.1))
+    supernet.train(Fixed(paths), 3, settings=TrainSettings(weight_decay=0.1))
     for key, parameter in supernet.store.items():
         assert key in used or torch.equal(parameter, before[key])
 
 
 @pytest.mark.parametrize("kind", ["uniform", "fair", "sandwich"])
 def test_training_teaches(kind: str) -> None:
-    supernet = Supernet(space())
+    supernet = Supernet(space(), TASK)
     policy = {
         "uniform": lambda: Uniform(supernet.space),
         "fair": lambda: Fair(supernet.space),
         "sandwich": lambda: Sandwich(supernet.space, *extremes(supernet.space, supernet.params)),
     }[kind]()
     archs = [supernet.space.sample(random.Random(i)) for i in range(20)]
-    before = supernet.evaluate(archs, TASK)
+    before = supernet.evaluate(archs)
     steps = {"uniform": 400, "fair": 30, "sandwich": 160}[kind]  # one of its four learns from labels
-    supernet.train(TASK, policy, steps, settings=TrainSettings(lr=0.03), reduction="mean")
-    after = supernet.evaluate(archs, TASK)
+    supernet.train(policy, steps, settings=TrainSettings(lr=0.03), reduction="mean")
+    after = supernet.evaluate(archs)
     assert sum(after) / 20 > sum(before) / 20 + 0.2
 
 
 def test_evaluation_is_that_of_the_extracted_network() -> None:
-    supernet = Supernet(space())
+    supernet = Supernet(space(), TASK)
     archs = [supernet.space.sample(random.Random(i)) for i in range(20)]
     assert {supernet.has_batch_norm(arch) for arch in archs} == {True, False}
-    for arch, score in zip(archs, supernet.evaluate(archs, TASK), strict=True):
+    for arch, score in zip(archs, supernet.evaluate(archs), strict=True):
         model = recalibrate(supernet.extract(arch), [TASK.batch(1000, 0)])
         assert score == TASK.score(model, "val")["accuracy"]
 
 
 def test_training_leaves_the_generator_alone() -> None:
-    supernet = Supernet(space())
+    supernet = Supernet(space(), TASK)
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    supernet.train(TASK, Uniform(supernet.space), 2)
+    supernet.train(Uniform(supernet.space), 2)
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -173,12 +173,12 @@ def test_a_loss_that_is_nan_stops_with_step_and_path(tmp_path: Path) -> None:
                     supernet.store["head", str(bad["head"]), _weight(bad)].mul_(torch.nan)
             return [good, bad] if step == 4 else [good]
 
-    supernet = Supernet(space())
+    supernet = Supernet(space(), TASK)
     with pytest.raises(NotFinite, match=r"step 4: the loss of \{.*\} is nan") as error:
-        supernet.train(TASK, Poisoned([]), 10, checkpoint=tmp_path, every=2)
+        supernet.train(Poisoned([]), 10, checkpoint=tmp_path, every=2)
     assert bad.to_json() in str(error.value) or good.to_json() in str(error.value)
     assert supernet.step == 4
-    kept = Supernet.load(tmp_path, space())
+    kept = Supernet.load(tmp_path, space(), TASK)
     assert kept.step == 4 and all(bool(p.isfinite().all()) for p in kept.parameters())
 
 
@@ -187,20 +187,20 @@ def _weight(arch: Architecture) -> str:
 
 
 def test_a_step_that_fails_is_not_taken() -> None:
-    supernet = Supernet(space())
     broken = NodeTask("broken", data)
     broken.data.x[0, 0] = torch.inf
+    supernet = Supernet(space(), broken)
     before = numbers(supernet)
     with pytest.raises(NotFinite, match="step 0"):
-        supernet.train(broken, Fixed(without_dropout(2)), 3)
+        supernet.train(Fixed(without_dropout(2)), 3)
     assert same(before, numbers(supernet))
     assert all(parameter.grad is None for parameter in supernet.parameters())
 
 
 def test_an_unknown_reduction_is_refused() -> None:
-    supernet = Supernet(space())
+    supernet = Supernet(space(), TASK)
     with pytest.raises(ConfigError, match="Did you mean 'mean'"):
-        supernet.train(TASK, Uniform(supernet.space), 1, reduction="men")
+        supernet.train(Uniform(supernet.space), 1, reduction="men")
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -209,32 +209,32 @@ def test_an_unknown_reduction_is_refused() -> None:
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_a_resumed_training_has_the_same_bits(optimizer: str, tmp_path: Path) -> None:
     settings = TrainSettings(optimizer=optimizer, lr=0.01)
-    whole, policy = Supernet(space()), Fixed([])
+    whole, policy = Supernet(space(), TASK), Fixed([])
     rng = random.Random(0)
     policy.paths = [whole.space.sample(rng) for _ in range(3)]
-    history = whole.train(TASK, policy, 8, settings=settings)
+    history = whole.train(policy, 8, settings=settings)
 
-    part = Supernet(space())
-    first = part.train(TASK, Fixed(policy.paths), 5, settings=settings, checkpoint=tmp_path, every=2)
-    resumed, other = Supernet.load(tmp_path, space()), Fixed(policy.paths)
+    part = Supernet(space(), TASK)
+    first = part.train(Fixed(policy.paths), 5, settings=settings, checkpoint=tmp_path, every=2)
+    resumed, other = Supernet.load(tmp_path, space(), TASK), Fixed(policy.paths)
     assert resumed.step == 5 and same(numbers(resumed), numbers(part))
-    last = resumed.train(TASK, other, 8, settings=settings)
+    last = resumed.train(other, 8, settings=settings)
     assert first + last == history
     assert same(numbers(resumed), numbers(whole))
     assert other.seen == policy.seen
 
 
 def test_the_last_checkpoint_replaces_the_one_before(tmp_path: Path) -> None:
-    supernet = Supernet(space())
-    supernet.train(TASK, Uniform(supernet.space), 5, checkpoint=tmp_path, every=2)
+    supernet = Supernet(space(), TASK)
+    supernet.train(Uniform(supernet.space), 5, checkpoint=tmp_path, every=2)
     assert len(list(tmp_path.iterdir())) == 2
     assert json.loads((tmp_path / "checkpoint.json").read_text())["step"] == 5
 
 
 def test_a_checkpoint_that_is_cut_off_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As a kill does between the two files."""
-    supernet = Supernet(space())
-    supernet.train(TASK, Uniform(supernet.space), 1, checkpoint=tmp_path)
+    supernet = Supernet(space(), TASK)
+    supernet.train(Uniform(supernet.space), 1, checkpoint=tmp_path)
     before = numbers(supernet)
     write = checkpoints._write
 
@@ -245,12 +245,12 @@ def test_a_checkpoint_that_is_cut_off_leaves_the_one_before(tmp_path: Path, monk
 
     monkeypatch.setattr(checkpoints, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
-        supernet.train(TASK, Uniform(supernet.space), 2, checkpoint=tmp_path)
-    assert same(numbers(Supernet.load(tmp_path, space())), before)
+        supernet.train(Uniform(supernet.space), 2, checkpoint=tmp_path)
+    assert same(numbers(Supernet.load(tmp_path, space(), TASK)), before)
 
 
 def test_another_space_is_refused_by_name(tmp_path: Path) -> None:
-    supernet = Supernet(space())
+    supernet = Supernet(space(), TASK)
     supernet.save(tmp_path)
     with pytest.raises(SpaceError, match="is of space 'gnn_node' with other choices, operations or sizes"):
         Supernet.load(tmp_path, gnn_node(12, 3, layers=2, widths=(8, 32)))
@@ -259,24 +259,24 @@ def test_another_space_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_another_key_version_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Supernet(space()).save(tmp_path)
+    Supernet(space(), TASK).save(tmp_path)
     monkeypatch.setattr(checkpoints, "KEY_VERSION", "k9")
     with pytest.raises(SpaceError, match="keys of version k1, this nasgraph has k9"):
-        Supernet.load(tmp_path, space())
+        Supernet.load(tmp_path, space(), TASK)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 def test_a_damaged_file_is_refused(suffix: str, tmp_path: Path) -> None:
-    Supernet(space()).save(tmp_path)
+    Supernet(space(), TASK).save(tmp_path)
     (path,) = tmp_path.glob(f"*{suffix}")
     content = bytearray(path.read_bytes())
     place = content.index(b'"step": 0') + 8 if suffix == ".json" else len(content) - 3
     content[place] = ord("7")
     path.write_bytes(content)
     with pytest.raises(DamagedFile, match="not what was written"):
-        Supernet.load(tmp_path, space())
+        Supernet.load(tmp_path, space(), TASK)
 
 
 def test_no_checkpoint_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no checkpoint in"):
-        Supernet.load(tmp_path, space())
+        Supernet.load(tmp_path, space(), TASK)
