@@ -1,7 +1,8 @@
 """Names to objects: what a config calls ``gnn_node`` or ``my_package.my_file:my_space``.
 
 Built-in and third-party plug-ins are found alike, through entry points of the groups ``nasgraph.spaces``,
-``nasgraph.tasks``, ``nasgraph.proxies``, ``nasgraph.samplers``, ``nasgraph.objectives`` and ``nasgraph.exporters``.
+``nasgraph.tasks``, ``nasgraph.proxies``, ``nasgraph.samplers``, ``nasgraph.objectives``, ``nasgraph.exporters``,
+``nasgraph.policies`` and ``nasgraph.relaxations``.
 So the engine imports none of them, and nothing is imported before it is asked for.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from nasgraph.errors import ConfigError, NasgraphError, did_you_mean
 
-KINDS = ("spaces", "tasks", "proxies", "samplers", "objectives", "exporters")
+KINDS = ("spaces", "tasks", "proxies", "samplers", "objectives", "exporters", "policies", "relaxations")
 
 
 @cache
@@ -108,7 +109,7 @@ def make(kind: str, name: str, arguments: Mapping[str, Any], offered: Mapping[st
 
 
 def _singular(kind: str) -> str:
-    return kind[:-3] + "y" if kind == "proxies" else kind[:-1]
+    return kind[:-3] + "y" if kind in ("proxies", "policies") else kind[:-1]
 
 
 def _where(error: Exception) -> str:
