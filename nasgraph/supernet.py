@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str, str]  # node, option, name of the parameter within the operation
 STRUCTURES = 1024  # kept built
+SAMPLES = 2048  # for BatchNorm: 64 batches of 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,8 @@ class Supernet:
         self._options = {node: options(space, node) for node in space._ops}
         self._of: OrderedDict[Architecture, Structure] = OrderedDict()
         self._structures: OrderedDict[Any, Structure] = OrderedDict()
+        self._statistics: OrderedDict[Structure, tuple[tuple[int, ...], dict[str, Tensor]]] = OrderedDict()
+        self._batches: dict[int, list[Batch]] = {}  # for the statistics
 
     def __repr__(self) -> str:
         return f"Supernet({self.space.name!r}, {self.numel:,} numbers)"
@@ -115,8 +118,8 @@ class Supernet:
             parameter.grad = None
         for state in self.optimizer.state.values() if self.optimizer else ():
             state.update({name: t.to(self.device) for name, t in state.items() if isinstance(t, Tensor)})
-        self._of.clear()
-        self._structures.clear()
+        for cache in (self._of, self._structures, self._statistics, self._batches):
+            cache.clear()
         return self
 
     # ---- views ----------------------------------------------------------------------------------------------------
@@ -129,7 +132,7 @@ class Supernet:
     def extract(self, architecture: Mapping[str, Label]) -> fx.GraphModule:
         """``architecture`` as a plain network of its own, with copies of its slices: what ``build`` would return.
 
-        BatchNorm has the statistics of a new network: see :func:`recalibrate`.
+        BatchNorm has the statistics of a new network: see :meth:`calibrated`.
         """
         structure = self._structure(Architecture(architecture))
         model = build_graph(self.space, structure.graph, self.seed).to(self.device)
@@ -147,20 +150,49 @@ class Supernet:
         """Whether the scores of ``architecture`` need statistics of their own."""
         return any(_tracks(module) for module in self._structure(Architecture(architecture)).model.modules())
 
+    def calibrated(self, architecture: Mapping[str, Label], samples: int = SAMPLES) -> fx.GraphModule:
+        """:meth:`extract` with BatchNorm statistics, in evaluation mode: exactly the network that ``evaluate`` scores.
+
+        The statistics are the mean over batches of 32 that hold ``samples`` training samples, drawn from the
+        supernet's seed; over the whole graph, once, where each batch of the task shows all of it. They are kept for
+        each architecture until its slices change.
+        """
+        model = self.extract(architecture).eval()
+        structure = self._structure(Architecture(architecture))
+        if not any(_tracks(module) for module in model.modules()):
+            return model
+        version = (samples, *(self.store[piece.key]._version for piece in structure.pieces))
+        kept = self._statistics.get(structure)
+        if kept is not None and kept[0] == version:
+            for name, buffer in model.named_buffers():
+                buffer.copy_(kept[1][name])
+            return model
+        recalibrate(model, self._calibration(samples))
+        _keep(self._statistics, structure, (version, {n: b.clone() for n, b in model.named_buffers()}))
+        return model
+
+    def _calibration(self, samples: int) -> list[Batch]:
+        if samples not in self._batches:
+            batches = [self.task.batch(32, _batch_seed(self.seed, 0))]
+            for i in range(1, math.ceil(samples / 32)):
+                batches.append(self.task.batch(32, _batch_seed(self.seed, i)))
+                if all(one is other for one, other in zip(batches[0].inputs, batches[1].inputs, strict=True)):
+                    batches.pop()  # the whole graph, each time
+                    break
+            self._batches = {samples: batches}
+        return self._batches[samples]
+
     def evaluate(
-        self, architectures: Iterable[Mapping[str, Label]], samples: int = 2048, split: str = "val"
+        self, architectures: Iterable[Mapping[str, Label]], samples: int = SAMPLES, split: str = "val"
     ) -> list[float]:
         """Accuracy (a fraction) of each architecture on ``split`` of the task, without training.
 
-        Networks with BatchNorm are extracted, and their statistics recomputed on ``samples`` training samples (a node
-        task: on its whole graph).
+        Networks with BatchNorm are scored as :meth:`calibrated` makes them, with statistics from ``samples`` samples.
         """
-        batches = [self.task.batch(samples, self.seed)]
         scores = []
         for architecture in architectures:
-            model: nn.Module = self.subnet(architecture)
-            if self.has_batch_norm(architecture):
-                model = recalibrate(self.extract(architecture), batches)
+            plain = not self.has_batch_norm(architecture)
+            model = self.subnet(architecture) if plain else self.calibrated(architecture, samples)
             scores.append(self.task.score(model, split)["accuracy"])
         return scores
 
@@ -347,8 +379,8 @@ def _aliases(named: Callable[..., Iterable[tuple[str, Tensor]]]) -> list[tuple[s
     return [(n, first[id(t)]) for n, t in named(remove_duplicate=False) if first[id(t)] != n]
 
 
-def _keep(cache: OrderedDict[Any, Structure], key: Any, structure: Structure) -> None:
-    cache[key] = structure
+def _keep(cache: OrderedDict[Any, Any], key: Any, thing: Any) -> None:
+    cache[key] = thing
     if len(cache) > STRUCTURES:
         cache.popitem(last=False)
 
@@ -409,6 +441,10 @@ def _checked_cut(form: Variant, name: str, stored: Shape, node: str, option: str
 
 def _numbered(shape: Shape) -> Tensor:
     return torch.arange(math.prod(shape)).reshape(shape)
+
+
+def _batch_seed(seed: int, i: int) -> int:
+    return node_seed(seed, f"batch norm/{i}")
 
 
 def _called(node: str, option: str, name: str) -> str:
