@@ -284,7 +284,8 @@ def _what_was_found(records: Sequence[TrialRecord]) -> list[Any]:
 class SpaceExam:
     """What every search space must do: its networks build, train, export, and are the same wherever they are made.
 
-    ``space`` is a function without arguments that makes the space; its networks return logits ``(n, classes)``.
+    ``space`` is a function without arguments that makes the space; its networks return logits ``(n, classes)``, or
+    ``(n, length, classes)`` where each position is predicted.
     """
 
     space: ClassVar[Callable[[], SearchSpace]]
@@ -304,8 +305,10 @@ class SpaceExam:
         for architecture in architectures:
             model = build(space, architecture)
             outputs = model(*inputs)
-            assert outputs.dim() == 2 and outputs.shape[1] == self.classes, f"{tuple(outputs.shape)}: {architecture}"
+            good = outputs.dim() in (2, 3) and outputs.shape[-1] == self.classes
+            assert good, f"{tuple(outputs.shape)}: {architecture}"
             assert outputs.isfinite().all(), architecture
+            outputs = outputs.flatten(0, -2)
             loss = nn.functional.cross_entropy(outputs, torch.arange(len(outputs)) % self.classes)
             loss.backward()  # type: ignore[no-untyped-call]
             gradients = [p.grad for p in model.parameters() if p.grad is not None]

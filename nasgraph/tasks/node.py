@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nasgraph import registry
 from nasgraph.errors import ConfigError, DataError
 from nasgraph.tasks import datasets
-from nasgraph.tasks.batch import Batch
+from nasgraph.tasks.batch import Batch, balanced
 from nasgraph.training.loop import Fit, TrainSettings, evaluate, train
 
 SPLITS = ("train", "val", "test")
@@ -85,17 +85,8 @@ class NodeTask:
 
     def batch(self, n: int, seed: int) -> Batch:
         """``n`` training nodes, or all; the classes' counts differ by at most one where nodes suffice."""
-        if n < 1:
-            raise ValueError(f"a batch of {n} samples: ask for at least 1")
-        generator = torch.Generator().manual_seed(seed)
-        nodes, labels = self.data.train.cpu(), self.data.y[self.data.train].cpu()
-        order = torch.randperm(len(nodes), generator=generator)
-        turn = torch.zeros(len(nodes), dtype=torch.long)  # of a node among those of its class
-        for label in range(int(labels.max()) + 1):
-            mine = order[labels[order] == label]
-            turn[mine] = torch.arange(len(mine))
-        chosen = order[turn[order].argsort(stable=True)][:n]
-        index = nodes[chosen].to(self.device)
+        chosen = balanced(self.data.y[self.data.train], n, seed)
+        index = self.data.train[chosen.to(self.device)]
         return Batch(self.inputs, self.data.y[index], index)
 
     def fit(self, model: nn.Module, settings: TrainSettings, seed: int) -> Fit:

@@ -141,12 +141,12 @@ def evaluate(model: nn.Module, batches: Iterable[Batch]) -> tuple[float, float]:
     """
     training = model.training
     model.eval()
-    correct, loss, n = 0, 0.0, 0
+    correct, loss, n = 0.0, 0.0, 0
     with torch.no_grad():
         for batch in batches:
             outputs = batch.outputs(model)
             loss += float(batch.losses(outputs).sum())
-            correct += int((outputs.argmax(dim=-1) == batch.target).sum())
+            correct += float(batch.correct(outputs).sum())
             n += len(batch.target)
     model.train(training)
     return correct / n, loss / n

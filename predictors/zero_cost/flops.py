@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nasgraph.predictors.zero_cost.proxy import proxy
@@ -18,6 +19,7 @@ def flops(model: nn.Module, batch: Batch) -> float:
     as 0, so a graph layer without a weight is free here: read it beside the edge traffic. 0 is a valid count.
     As a proxy, more is taken to be better.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # As matrix products: the counter does not know the fused kernel of CPUs, which would count as 0.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*batch.inputs)
     return float(counter.get_total_flops())

@@ -19,16 +19,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nasgraph.errors import NotFinite
 from nasgraph.predictors.zero_cost.proxy import trainable
 from nasgraph.tasks.batch import Batch
 
 Value = Callable[[Batch, Tensor], Tensor]
-"""From a batch and its outputs ``(n, classes)`` to one number for each sample, ``(n,)``."""
+"""From a batch and its logits ``(n, ..., classes)`` to one number for each sample, ``(n,)``."""
 
 Route = Callable[[int], "tuple[Tensor, Tensor] | None"]
-"""From sample ``i`` to outputs ``(c, classes)`` and gradients ``(c, m)`` of samples ``i .. i + c``; None: loop."""
+"""From sample ``i`` to logits ``(c, ..., classes)`` and gradients ``(c, m)`` of samples ``i .. i + c``; None: loop."""
 
 CHUNK = 8
 
@@ -93,7 +94,7 @@ def _route(model: nn.Module, batch: Batch, value: Value, hops: int, rows: int) -
 def _alone(model: nn.Module, small: Batch, value: Value) -> tuple[Tensor, Tensor] | None:
     """Forward and backward of a batch of one sample."""
     try:
-        outputs = small.outputs(model)
+        outputs = small.logits(model)
         grads = torch.autograd.grad(value(small, outputs)[0], trainable(model), materialize_grads=True)
     except (RuntimeError, IndexError, ValueError):  # this model cannot run on less than the whole
         return None
@@ -124,7 +125,8 @@ class _Rows:
 
         weights = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         each: Any = torch.func.vmap(torch.func.grad(scored, has_aux=True), in_dims=(None, 0, *(0 for _ in self.inputs)))
-        grads, outputs = each(weights, self.target[rows], *(x[rows] for x in self.inputs))
+        with sdpa_kernel(SDPBackend.MATH):  # vmap would take the fused kernel of CPUs sample by sample
+            grads, outputs = each(weights, self.target[rows], *(x[rows] for x in self.inputs))
         return outputs, torch.cat([g.flatten(1) for g in grads.values()], 1)
 
 
