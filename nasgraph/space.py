@@ -10,6 +10,7 @@ One walk (:meth:`SearchSpace.decide`) serves sampling, Optuna's ``suggest_*``, d
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -100,6 +101,7 @@ class Choice(Expr):
         self.name = name
         self.labels: tuple[Label, ...] = tuple(label for label, _ in pairs)
         self.options: tuple[Any, ...] = tuple(option for _, option in pairs)
+        self.declared = tuple(pairs)  # with those that SearchSpace.narrowed left out: names of options depend on them
         self.ordered = ordered
         for label in self.labels:
             if not isinstance(label, str | int | float | bool | None):
@@ -150,6 +152,7 @@ class Switch(Expr):
             raise SpaceError(f"switch on '{choice.name}' has no case for {missing[0]!r}: add it, or a default")
         self.choice = choice
         self.cases = {label: cases.get(label, default) for label in choice.labels}
+        self.declared = tuple(self.cases.items())
 
     def __repr__(self) -> str:
         return f"Switch({self.choice.name!r}, {self.cases})"
@@ -351,6 +354,36 @@ class SearchSpace:
         if name in self.constraints:
             raise SpaceError(f"constraint '{name}' is declared twice")
         self.constraints[name] = holds
+
+    def narrowed(self, labels: Mapping[str, Sequence[Label]]) -> SearchSpace:
+        """The same space with fewer options: of each choice named in ``labels`` only those.
+
+        Nodes, constraints and the order of the options stay, and a supernet calls each option as before. Choices that
+        are no longer asked by any option are left out. This space is not changed.
+
+        Raises: SpaceError: an unknown choice or label, or no label at all.
+        """
+        for name, some in labels.items():
+            if name not in self.choices:
+                raise SpaceError(f"space '{self.name}' has no choice '{name}'.{did_you_mean(name, self.choices)}")
+            if not some:
+                raise SpaceError(f"choice '{name}' would have no options: keep at least one")
+            for label in some:
+                self.choices[name].option(label)
+        shared = (self.constraints, *(declared.example for declared in self.inputs.values()))
+        space = copy.deepcopy(self, {id(thing): thing for thing in shared})
+        space.constraints = dict(self.constraints)
+        for name, some in labels.items():
+            choice = space.choices[name]
+            kept = tuple(label for label in choice.labels if label in some)
+            choice.options = tuple(choice.option(label) for label in kept)
+            choice.labels = kept
+        declaration = (tuple(space._ops.values()), tuple(space._sources.values()), space._output)
+        for switch in _switches_in(declaration):
+            switch.cases = {label: switch.cases[label] for label in switch.choice.labels}
+        left = {choice.name for choice in _choices_in(declaration)}
+        space.choices = {name: choice for name, choice in space.choices.items() if name in left}
+        return space
 
     def _new(self, name: str) -> Node:
         if not name.isidentifier() or keyword.iskeyword(name):

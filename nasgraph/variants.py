@@ -77,7 +77,10 @@ def variants(space: SearchSpace) -> dict[tuple[str, str], list[Variant]]:
 
 
 def options(space: SearchSpace, node: str) -> dict[int, str]:
-    """Of each ``Op`` that ``node`` may be (by ``id``) the option's name: the labels that lead to it, or its own."""
+    """Of each ``Op`` that ``node`` may be (by ``id``) the option's name: the labels that lead to it, or its own.
+
+    Options that :meth:`SearchSpace.narrowed` left out are named too, so the others are called as before.
+    """
     names: dict[int, str] = {}
     for path, op in _paths(space._ops[node], ()):
         if id(op) not in names:
@@ -106,9 +109,7 @@ def _paths(thing: Any, path: tuple[Label, ...]) -> Iterator[tuple[tuple[Label, .
     if isinstance(thing, Op):
         yield path, thing
         return
-    labels = thing.labels if isinstance(thing, Choice) else tuple(thing.cases)
-    for label in labels:
-        option = thing.option(label) if isinstance(thing, Choice) else thing.cases[label]
+    for label, option in thing.declared:
         yield from _paths(option, (*path, label))
 
 
