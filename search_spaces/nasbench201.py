@@ -15,18 +15,22 @@ OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))  # in the order of the benchmark's strings
 
 
-def nasbench201(channels: int = 16, classes: int = 10, cells: int = 5) -> SearchSpace:
+def nasbench201(
+    channels: int = 16, classes: int = 10, cells: int = 5, image_channels: int = 3, image_size: int = 32
+) -> SearchSpace:
     """The networks of NAS-Bench-201: stem, three stages of ``cells`` equal cells, residual blocks that halve the image.
 
     Args:
         channels: of the stem and the first stage; each later stage has twice as many.
+        image_channels, image_size: of the images that come in, 3 and 32 in the benchmark. A network runs on other
+            image sizes too.
 
-    Shapes: images ``(B, 3, 32, 32)`` -> logits ``(B, classes)``; other image sizes work too.
+    Shapes: images ``(B, image_channels, image_size, image_size)`` -> logits ``(B, classes)``.
     Size: 15,625 architectures.
     """
     space = SearchSpace("nasbench201")
     edges = edge_choices()
-    image = space.input("image", torch.zeros(2, 3, 32, 32), dynamic={0: "batch"})
+    image = space.input("image", torch.zeros(2, image_channels, image_size, image_size), dynamic={0: "batch"})
     x = space.add("stem", Op(nn.Conv2d, out_channels=channels, kernel_size=3, padding=1, bias=False), image)
     x = space.add("stem_norm", Op(nn.BatchNorm2d), x)
     for stage in range(3):
