@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError,
 from nasgraph import registry
 from nasgraph.errors import ConfigError, did_you_mean
 
+FINETUNE = 10  # epochs of search.finetune
+
 
 class _Keys(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True)
@@ -58,8 +60,42 @@ class Screen(_Keys):
     samples: int = Field(32, ge=2, description="labelled training samples that a proxy sees")
 
 
+class Supernet(_Keys):
+    """A weight-sharing supernet: trained once, it scores every candidate without training."""
+
+    policy: Plugin = Field(Plugin(name="sandwich"), description="which architectures a step trains")
+    epochs: int = Field(200, ge=1, description="passes over the training set")
+    batch: int | None = Field(None, ge=1, description="training samples per step; default: all, one step an epoch")
+    lr: float = Field(0.01, gt=0, description="learning rate")
+    weight_decay: float = Field(5e-4, ge=0, description="L2 penalty")
+    optimizer: str = Field("adam", description="adam, adamw or sgd")
+    distill: Literal["none", "kl", "alpha"] | None = Field(
+        None, description="what the other architectures of a step learn from its first; default: what the policy does"
+    )
+    reduction: Literal["sum", "mean"] = Field("sum", description="how a step's gradients become one update")
+    checkpoint_every: int = Field(20, ge=1, description="epochs between two checkpoints")
+    samples: int = Field(2048, ge=2, description="training samples for the BatchNorm statistics of a candidate")
+
+
+class Differentiable(BaseModel):
+    """Differentiable search in the supernet: ``method`` by name, other keys are its arguments."""
+
+    model_config = ConfigDict(extra="allow")
+    method: str
+    steps: int = Field(300, ge=1, description="updates")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
 class Search(_Keys):
     """Tier 2: the Optuna study."""
+
+    score: Literal["train", "supernet"] = Field("train", description="train each candidate, or ask the supernet")
+    finetune: int | None = Field(
+        None, ge=0, description=f"score supernet: epochs that a chosen network is trained on (default {FINETUNE})"
+    )
 
     sampler: Plugin = Field(Plugin(name="nsga2"), description="random, tpe, nsga2, gp or module:Class of Optuna's kind")
     start: list[dict[str, str | int | float | bool | None]] = Field(
@@ -91,6 +127,8 @@ class Config(_Keys):
     train: Train = Train()  # type: ignore[call-arg]
     seeds: list[int] = Field([0], min_length=1, description="seeds whose validation results are averaged per candidate")
     screen: Screen | None = None
+    supernet: Supernet | None = None
+    differentiable: Differentiable | None = None
     search: Search = Search()  # type: ignore[call-arg]
     final: Final = Final()  # type: ignore[call-arg]
     export: list[str] = ["code", "safetensors", "torch-export", "onnx"]
@@ -115,9 +153,12 @@ class Config(_Keys):
             ("samplers", [self.search.sampler.name]),
             ("exporters", self.export),
             ("proxies", self.screen.proxies if self.screen else []),
+            ("policies", [self.supernet.policy.name] if self.supernet else []),
+            ("relaxations", [self.differentiable.method] if self.differentiable else []),
         ):
             for name in names:
                 registry.check(kind, name)
+        self._supernet_is_used()
         if self.search.memory_gb is not None and (self.search.ray or not self.search.workers):
             raise ConfigError(
                 "search.memory_gb: needs child processes, so search.workers of at least 1 and no search.ray"
@@ -131,6 +172,22 @@ class Config(_Keys):
             if self.screen and name not in self.screen.proxies:
                 raise ConfigError(f"screen.rank_by: '{name}' is not in screen.proxies")
         return self
+
+    def _supernet_is_used(self) -> None:
+        if self.search.score == "supernet" and self.supernet is None:
+            raise ConfigError("search.score is supernet, but there is no section supernet: add 'supernet: {}'")
+        if self.search.score != "supernet":
+            if self.supernet is not None:
+                raise ConfigError("supernet: nothing asks it: set search.score to supernet, or leave the section out")
+            if self.search.finetune is not None:
+                raise ConfigError("search.finetune: only networks of a supernet are fine-tuned: leave it out")
+            if self.differentiable is not None:
+                raise ConfigError("differentiable: it searches in a supernet: add one, and search.score: supernet")
+
+    @property
+    def finetune(self) -> int:
+        """Epochs that a network extracted from the supernet is trained on."""
+        return FINETUNE if self.search.finetune is None else self.search.finetune
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -188,7 +245,10 @@ def _first(error: ValidationError) -> str:
 
 
 def _fields(location: Sequence[str]) -> list[str]:
-    sections: dict[str, type[BaseModel]] = {"train": Train, "screen": Screen, "search": Search, "final": Final}
+    sections: dict[str, type[BaseModel]] = {
+        **{"train": Train, "screen": Screen, "search": Search, "final": Final},
+        **{"supernet": Supernet, "differentiable": Differentiable},
+    }
     model: type[BaseModel] = Config
     for part in location:
         model = sections.get(part, model)

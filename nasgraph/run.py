@@ -31,8 +31,8 @@ from nasgraph.screen import ScreenRow, ScreenTable
 from nasgraph.space import SearchSpace
 from nasgraph.study import Study, TrialRecord
 
-MANIFEST, STUDY, SCREEN, FINAL, PARETO, REPORT, MODELS = (
-    "manifest.json", "study.db", "screen.db", "final.json", "pareto.csv", "report.html", "models",
+MANIFEST, STUDY, SCREEN, FINAL, PARETO, REPORT, MODELS, SUPERNET = (
+    "manifest.json", "study.db", "screen.db", "final.json", "pareto.csv", "report.html", "models", "supernet",
 )  # fmt: skip
 
 

@@ -1,7 +1,10 @@
-"""The main job, end to end: screen, study, random baseline, final training, export, report.
+"""The main job, end to end: supernet, screen, study, random baseline, final training, export, report.
 
 What a run needs to go on after a kill is on disk at every moment: ``manifest.json`` (what is run), ``screen.db`` and
-``study.db`` (a row per finished candidate), ``final.json`` (a record per finished model).
+``study.db`` (a row per finished candidate), ``final.json`` (a record per finished model), ``supernet/`` (a checkpoint).
+
+A supernet is trained in this process: it is one long job whose state is its checkpoint, so a worker would add a copy of
+the data and a pipe, and take the progress and Ctrl-C away.
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nasgraph import __version__, config, database, manifest, registry
+import torch
+
+from nasgraph import __version__, config, database, manifest, pretraining, registry
 from nasgraph.config import Config
 from nasgraph.console import Display
 from nasgraph.errors import ConfigError, NasgraphError
 from nasgraph.executors import Executor, InProcess, Processes, RayActors
 from nasgraph.objectives import Result, Scored
+from nasgraph.pretraining import Pretraining
 from nasgraph.readable import number
-from nasgraph.run import MANIFEST, MODELS, PARETO, REPORT, SCREEN, Run, writing
+from nasgraph.run import MANIFEST, MODELS, PARETO, REPORT, SCREEN, SUPERNET, Run, writing
 from nasgraph.samplers import make_sampler
 from nasgraph.screen import ScreenRow, ScreenTable, screen, survivors
 from nasgraph.space import Architecture
@@ -30,7 +36,7 @@ from nasgraph.workers import BASELINE_PROXIES, Parts, Worker, parts, rank_by
 # What may be changed when a run goes on: how long and with what, never what is searched.
 RESUMABLE = (
     *("search.trials", "search.workers", "search.ray", "search.timeout_s", "search.memory_gb", "data_root"),
-    *("final.top", "export"),
+    *("final.top", "export", "supernet.checkpoint_every"),
 )
 EXPORT_S = 300.0  # added to the time limit of a final training, for the export
 
@@ -52,6 +58,7 @@ def start(settings: Config, folder: Path, quiet: bool = False) -> int:
         made = parts(settings)
         made.space.sample(random.Random(settings.seed))  # a constraint that nothing meets costs no training
         _known(settings, made)
+        learner = _learner(settings, made, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,7 +76,7 @@ def start(settings: Config, folder: Path, quiet: bool = False) -> int:
     }
     with _alone(folder):
         manifest.write(folder / MANIFEST, facts)
-        return _go(Run(folder, settings, facts, made.space), made, display)
+        return _go(Run(folder, settings, facts, made.space), made, learner, display)
 
 
 def resume(folder: Path, overrides: Sequence[str] = (), quiet: bool = False) -> int:
@@ -94,22 +101,30 @@ def _resume(folder: Path, overrides: Sequence[str], display: Display) -> int:
     run = Run(folder, settings, facts, made.space)
     run.check("space", made.space.fingerprint())
     run.check("task", made.task.fingerprint())
+    if "supernet" in facts:
+        pretraining.check(folder / SUPERNET, facts["supernet"]["sha256"])
+    with _timed(display, "load"):
+        learner = _learner(settings, made, folder)
     done = len(run.records("search"))
     if settings.search.trials < done:
         raise ConfigError(f"{folder} holds {done} trials already: --trials counts them too, give at least as many")
     facts |= {"status": "running", "config": settings.model_dump(mode="json")}
     facts["resumed"] = [*facts.get("resumed", []), manifest.now()]
     manifest.write(folder / MANIFEST, facts)
-    return _go(run, made, display)
+    return _go(run, made, learner, display)
 
 
 def export(folder: Path, key: str, formats: Sequence[str] | None, out: Path | None) -> int:
-    """Train one architecture of a run as the final phase does, and export it. Returns the exit code."""
+    """Train or fine-tune one architecture of a run as the final phase does, and export it. Returns the exit code."""
     run, display = Run.open(folder), Display()
+    if run.config.supernet is not None:
+        if "supernet" not in run.facts:
+            raise ConfigError(f"the supernet of {folder} is not trained yet: nasgraph resume {folder}")
+        pretraining.check(folder / SUPERNET, run.facts["supernet"]["sha256"])
     record = run.find(key)
     settings = run.config.model_copy(update={"export": list(formats or run.config.export)})
     display.say(f"training {record.key} from {settings.final.seeds} seeds, then exporting it")
-    result = Worker(settings)(("finish", _finish_payload(record, out or folder / MODELS / record.key)))
+    result = _worker(settings, folder)(("finish", _finish_payload(record, out or folder / MODELS / record.key)))
     if not isinstance(result, Scored):
         raise NasgraphError(f"{record.key} could not be exported: {result.reason}: {result.detail}")
     for name in ("val_accuracy", "test_accuracy"):
@@ -132,7 +147,7 @@ def score(settings: Config, out: Path, quiet: bool = False) -> int:
     made = parts(settings)
     table = out.with_name(out.name + ".db")
     table.unlink(missing_ok=True)  # of a scoring that was stopped, perhaps with other proxies
-    with _executor(settings) as executor:
+    with _executor(settings, out.parent) as executor:
         rows = _screen(settings, made, table, executor, display)
     names = list(dict.fromkeys(name for row in rows for name in row.values))
     with writing(out) as file:
@@ -151,9 +166,13 @@ def score(settings: Config, out: Path, quiet: bool = False) -> int:
 # ---- the phases -------------------------------------------------------------------------------------------------
 
 
-def _go(run: Run, made: Parts, display: Display) -> int:
+def _go(run: Run, made: Parts, learner: Pretraining | None, display: Display) -> int:
     try:
-        with _executor(run.config) as executor:
+        if learner is not None:
+            _pretrain(run, learner, display)
+            _relax(run, made, display)
+            learner = None  # its memory is the workers' now
+        with _executor(run.config, run.folder) as executor:
             first = _first(run, made, executor, display)
             _study(run, "search", executor, display, first)
             if run.config.search.baseline:
@@ -175,6 +194,7 @@ def _go(run: Run, made: Parts, display: Display) -> int:
 def _note(run: Run, display: Display, status: str = "running", reason: str = "") -> None:
     """Write down how far the run is, the seconds of its phases and the hash of everything it leaves."""
     kept = [run.folder / PARETO, run.folder / REPORT, *(run.folder / MODELS).glob("*/*")]
+    kept.append(run.folder / SUPERNET / pretraining.HISTORY)
     for phase in list(display.seconds):
         spent = run.facts["seconds"].get(phase, 0.0) + display.seconds.pop(phase)
         run.facts["seconds"][phase] = round(spent, 3)
@@ -183,16 +203,57 @@ def _note(run: Run, display: Display, status: str = "running", reason: str = "")
     manifest.write(run.folder / MANIFEST, run.facts)
 
 
+def _learner(settings: Config, made: Parts, folder: Path) -> Pretraining | None:
+    """The supernet that the config asks for, as far as ``folder`` holds it."""
+    if settings.supernet is None:
+        return None
+    return pretraining.begin(settings, made.space, made.task, folder / SUPERNET)
+
+
+def _pretrain(run: Run, learner: Pretraining, display: Display) -> None:
+    """Train the run's supernet."""
+    if not learner.done:
+        with _threads(run.config.threads), display.phase("supernet", learner.steps, learner.supernet.step) as phase:
+            learner.train(phase.advance)
+    run.facts.setdefault("supernet", learner.facts())
+    _note(run, display)
+
+
+def _relax(run: Run, made: Parts, display: Display) -> None:
+    """Differentiable search in a copy of the supernet; what it finds is in the manifest, so it is done once."""
+    wanted = run.config.differentiable
+    if wanted is None or "differentiable" in run.facts:
+        return
+    copy = pretraining.load(run.config, made.space, made.task, run.folder / SUPERNET)
+    with _threads(run.config.threads), display.phase(wanted.method, wanted.steps) as phase:
+        run.facts["differentiable"] = pretraining.relax(wanted, copy, run.config.seed, lambda *_: phase.advance())
+    _note(run, display)
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    """Torch with ``n`` threads: the bits depend on how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _first(run: Run, made: Parts, executor: Executor, display: Display) -> list[Architecture]:
     """What the study evaluates first: the architectures that the config names, and the survivors of tier 1."""
     tier, columns = run.config.screen, rank_by(run.config)
+    known = _known(run.config, made)
+    if "differentiable" in run.facts:
+        known.append(made.space.architecture(run.facts["differentiable"]["architecture"]))
     if tier is None:
-        return _known(run.config, made)
+        return known
     rows = _screen(run.config, made, run.folder / SCREEN, executor, display)
     _note(run, display)
     costs = [name for name in BASELINE_PROXIES if name in run.config.objectives]  # the screen knows these exactly
     kept = survivors(rows, columns, ["maximize"] * len(columns), tier.keep, costs) if tier.keep else []
-    return [*_known(run.config, made), *(row.arch for row in kept)]
+    return [*known, *(row.arch for row in kept)]
 
 
 def _known(settings: Config, made: Parts) -> list[Architecture]:
@@ -215,7 +276,7 @@ def _screen(settings: Config, made: Parts, path: Path, executor: Executor, displ
 
 
 def _study(run: Run, name: str, executor: Executor, display: Display, first: Sequence[Architecture] = ()) -> None:
-    """Tier 2: train candidates until the study holds its trials."""
+    """Tier 2: train or score candidates until the study holds its trials."""
     study, trials = run.study(name), run.config.search.trials
     objective, direction = run.objectives[0]
     better = max if direction == "maximize" else min
@@ -292,6 +353,10 @@ def _alone(folder: Path) -> Iterator[None]:
 def _check_plugins(settings: Config) -> None:
     """Make or import what the config names and only a later phase would touch. Raises: ConfigError."""
     make_sampler(settings.search.sampler.name, 0, **settings.search.sampler.arguments)
+    if settings.supernet is not None:
+        registry.resolve("policies", settings.supernet.policy.name)
+    if settings.differentiable is not None:
+        registry.resolve("relaxations", settings.differentiable.method)
     for name in settings.screen.proxies if settings.screen else []:
         registry.resolve("proxies", name)
     for name in settings.export:
@@ -317,8 +382,12 @@ class _Role:
         pass
 
 
-def _executor(settings: Config) -> Executor:
-    worker, tier = Worker(settings), settings.search
+def _worker(settings: Config, folder: Path) -> Worker:
+    return Worker(settings, None if settings.supernet is None else (folder / SUPERNET).resolve())
+
+
+def _executor(settings: Config, folder: Path) -> Executor:
+    worker, tier = _worker(settings, folder), settings.search
     if tier.ray:
         return RayActors(worker, max(1, tier.workers), num_gpus=tier.gpus_per_worker, timeout_s=tier.timeout_s)
     if tier.workers:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean, pstdev
@@ -15,17 +15,28 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nasgraph import registry
+from nasgraph import pretraining, registry
 from nasgraph.build import build
 from nasgraph.catalogue import make_space
 from nasgraph.config import Config
 from nasgraph.errors import ConfigError, NotFinite
-from nasgraph.objectives import Evaluator, Failed, Objective, Result, Scored, check_alone, failure, find_objective
+from nasgraph.objectives import (
+    Evaluator,
+    Failed,
+    Objective,
+    Result,
+    Scored,
+    SharedEvaluator,
+    check_alone,
+    failure,
+    find_objective,
+)
 from nasgraph.space import Architecture, SearchSpace
 from nasgraph.tasks import Task
 from nasgraph.training import TrainSettings
 
 if TYPE_CHECKING:
+    from nasgraph.supernet import Supernet
     from nasgraph.tasks.batch import Batch
 
 # Beside every proxy stand the two counts that it has to beat.
@@ -72,20 +83,24 @@ def _device(name: str) -> torch.device:
 class Worker:
     """Does one piece of work: ``worker((role, payload)) -> Scored | Failed``. Roles:
 
-    ``evaluate``: train an architecture and measure the objectives (payload: the architecture).
+    ``evaluate``: measure the objectives of an architecture, which is trained, or scored by the run's supernet (payload:
+    the architecture).
     ``score``: the screen's proxies, params and FLOPs of an untrained architecture (payload: the architecture).
-    ``finish``: train a chosen architecture from several seeds, test it, export the training that is best on validation
-    (payload: ``{"architecture": {...}, "folder": path or None, "metadata": {...}}``; without a folder no export). This
-    is the only place that looks at the test split.
+    ``finish``: train a chosen architecture from several seeds, or fine-tune its extraction from the supernet with
+    several seeds; test it, export the training that is best on validation (payload: ``{"architecture": {...}, "folder":
+    path or None, "metadata": {...}}``; without a folder no export). Only this looks at the test split.
 
-    One worker serves all phases of a run, so a process imports torch and loads the data once.
+    One worker serves all phases of a run, so a process imports torch and loads data and supernet once.
+
+    Args:
+        store: the folder of the run's supernet, if candidates are scored by one.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    def __init__(self, config: Config, store: Path | None = None) -> None:
+        self.config, self.store = config, store
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"config": self.config}
+        return {"config": self.config, "store": self.store}
 
     def __call__(self, work: tuple[str, Any]) -> Result:
         role, payload = work
@@ -105,7 +120,20 @@ class Worker:
     @cached_property
     def _evaluator(self) -> Evaluator:
         made = self.parts
+        if self.config.search.score == "supernet":
+            return SharedEvaluator(made.space, made.task, made.objectives, self.supernet, self._samples)
         return Evaluator(made.space, made.task, made.objectives, made.settings, tuple(self.config.seeds))
+
+    @cached_property
+    def supernet(self) -> Supernet:
+        """The run's supernet, read in this process at first use. Raises: ConfigError: the run has none."""
+        if self.store is None:
+            raise ConfigError("candidates are scored by a supernet, and none was named")
+        return pretraining.load(self.config, self.parts.space, self.parts.task, self.store)
+
+    @property
+    def _samples(self) -> int:
+        return self.config.supernet.samples if self.config.supernet else 0
 
     @cached_property
     def _proxies(self) -> dict[str, Callable[[torch.nn.Module, Batch], float]]:
@@ -135,12 +163,14 @@ class Worker:
 
     def _finish(self, payload: Mapping[str, Any]) -> Result:
         made, architecture, folder = self.parts, Architecture(payload["architecture"]), payload["folder"]
+        shared = self.config.search.score == "supernet"
         runs = []
         for seed in range(self.config.seeds[0], self.config.seeds[0] + self.config.final.seeds):
-            model = build(made.space, architecture, seed).to(made.device)
-            made.task.fit(model, made.settings, seed)
+            model = (self._finetuned if shared else self._trained)(architecture, seed)
             val, test = made.task.score(model, "val"), made.task.score(model, "test")
             runs.append((val["accuracy"], -val["loss"], test["accuracy"], seed, model))
+            if shared and not self.config.finetune:
+                break  # no seed changes anything
         val_accuracy, _, test_accuracy, seed, model = max(runs, key=lambda run: run[:2])
         tests = [run[2] for run in runs]
         values = {
@@ -151,10 +181,31 @@ class Worker:
             "test_accuracy_std": pstdev(tests),
         }
         info: dict[str, Any] = {"seed": seed, "seeds": len(runs), "exports": []}
+        if shared:
+            extracted = self.supernet.calibrated(architecture, self._samples)
+            values["extracted_val_accuracy"] = made.task.score(extracted, "val")["accuracy"]
         if folder is not None:
             metadata = payload["metadata"]
             info["exports"] = export_to(Path(folder), self.config, made, architecture, model, values, metadata)
         return Scored(values, info)
+
+    def _trained(self, architecture: Architecture, seed: int) -> torch.nn.Module:
+        made = self.parts
+        model = build(made.space, architecture, seed).to(made.device)
+        made.task.fit(model, made.settings, seed)
+        return model
+
+    def _finetuned(self, architecture: Architecture, seed: int) -> torch.nn.Module:
+        """The extraction trained on; as it was, if that is not better on validation."""
+        made, epochs = self.parts, self.config.finetune
+        extracted = self.supernet.calibrated(architecture, self._samples)
+        if not epochs:
+            return extracted
+        model = self.supernet.calibrated(architecture, self._samples)
+        made.task.fit(model, replace(made.settings, epochs=epochs), seed)
+        before, after = made.task.score(extracted, "val"), made.task.score(model, "val")
+        better = (after["accuracy"], -after["loss"]) > (before["accuracy"], -before["loss"])
+        return model if better else extracted
 
 
 def export_to(
@@ -179,7 +230,7 @@ def export_to(
         formats=formats or config.export,
         inputs=tuple(tensor.cpu() for tensor in made.task.inputs),
         metrics={**metrics, **measured},
-        metadata={"task": made.task.name, "training": str(made.settings), **metadata.get("notes", {})},
+        metadata={"task": made.task.name, "training": _how(config, made), **metadata.get("notes", {})},
     )
     return [
         {
@@ -192,6 +243,15 @@ def export_to(
         }
         for item in written
     ]
+
+
+def _how(config: Config, made: Parts) -> str:
+    """How an exported model came to its weights."""
+    if config.supernet is None:
+        return str(made.settings)
+    tuning = replace(made.settings, epochs=config.finetune) if config.finetune else "not fine-tuned"
+    trained = f"policy {config.supernet.policy.name}, {config.supernet.epochs} epochs"
+    return f"extracted from a supernet ({trained}); {tuning}"
 
 
 def rank_by(config: Config) -> list[str]:

@@ -12,6 +12,7 @@ from nasgraph.objectives.base import (
     find_objective,
     slots,
 )
+from nasgraph.objectives.shared import SharedCandidate, SharedEvaluator
 
 __all__ = [
     "Candidate",
@@ -20,6 +21,8 @@ __all__ = [
     "Objective",
     "Result",
     "Scored",
+    "SharedCandidate",
+    "SharedEvaluator",
     "check_alone",
     "failure",
     "find_objective",

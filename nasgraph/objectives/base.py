@@ -108,6 +108,11 @@ class Candidate:
         return self._build(self.seeds[0])
 
     @cached_property
+    def params(self) -> int:
+        """Number of parameters, trainable or not, each tensor once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @cached_property
     def fits(self) -> list[Fit]:
         """One training run per seed, which sets the first weights and the dropout."""
         return [fit for fit, _ in self._runs]
@@ -173,12 +178,16 @@ class Evaluator:
         """Whether an objective must be measured alone on the device."""
         return any(objective.exclusive for objective in self.objectives)
 
+    def candidate(self, arch: Mapping[str, Label]) -> Candidate:
+        """What the objectives measure."""
+        return Candidate(self.space, arch, self.task, self.settings, self.seeds)
+
     def __call__(self, arch: Mapping[str, Label]) -> Result:
         """Measure one architecture. Raises nothing but KeyboardInterrupt."""
         start = time.perf_counter()
         try:
             check_alone(self.objectives, slots())
-            candidate = Candidate(self.space, self.space.architecture(arch), self.task, self.settings, self.seeds)
+            candidate = self.candidate(self.space.architecture(arch))
             values = {objective.name: _measure(objective, candidate) for objective in self.objectives}
             info = {**_training(candidate), **candidate.info}
             info["device"], info["threads"] = str(self.task.inputs[0].device), torch.get_num_threads()

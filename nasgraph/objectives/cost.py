@@ -161,7 +161,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _params(candidate: Candidate) -> float:
-    return float(count_parameters(candidate.model))
+    return float(candidate.params)
 
 
 def _flops(candidate: Candidate) -> float:

@@ -1,0 +1,197 @@
+"""The supernet of a run: made from its config, trained before the study, kept in the run's folder.
+
+``supernet/`` in the folder holds the last checkpoint and ``history.csv``, the loss of each step. A training that was
+ended by anything goes on from the checkpoint, to the same bits on one device and number of threads.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nasgraph import checkpoint, config, manifest, registry
+from nasgraph.errors import ConfigError, DamagedFile, NotFinite, SearchStopped
+from nasgraph.run import writing
+from nasgraph.space import SearchSpace
+from nasgraph.supernet import Supernet
+from nasgraph.training import TrainSettings
+
+if TYPE_CHECKING:
+    from nasgraph.tasks import Task
+    from nasgraph.training.policies import Policy
+
+HISTORY = "history.csv"
+WHOLE = 2**31  # samples: more than any task has
+
+Row = tuple[int, float, float]  # step from 1, loss of its first architecture, mean over its architectures; in nats
+
+
+@dataclass
+class Pretraining:
+    """A supernet that is trained, or to be trained, as ``settings`` say.
+
+    Attributes:
+        epoch: steps in one pass over the training set.
+        steps: updates in all.
+        history: a row for each step done.
+    """
+
+    folder: Path
+    settings: config.Supernet
+    seed: int
+    supernet: Supernet
+    policy: Policy
+    epoch: int
+    steps: int
+    history: list[Row]
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to train."""
+        return self.supernet.step >= self.steps
+
+    def train(self, on_step: Callable[[str], None]) -> None:
+        """Train what is left; write checkpoint and history.
+
+        Args:
+            on_step: called after each step with its loss and the rate.
+
+        Raises: SearchStopped: a loss or a gradient is NaN or infinite; the last good checkpoint is kept.
+        """
+        every, begun = self.settings.checkpoint_every * self.epoch, self.supernet.step
+        start = time.monotonic()
+
+        def step_done(step: int, losses: Sequence[float]) -> None:
+            self.history.append((step + 1, losses[0], sum(losses) / len(losses)))
+            if (step + 1) % every == 0 or step + 1 == self.steps:  # before the checkpoint: a row more does no harm
+                self._write_history()
+            rate = (step + 1 - begun) / max(1e-9, time.monotonic() - start)
+            on_step(f"loss {losses[0]:.3f}, {rate:.1f} steps/s")
+
+        try:
+            self.supernet.train(
+                self.policy,
+                self.steps,
+                settings=TrainSettings(
+                    lr=self.settings.lr, weight_decay=self.settings.weight_decay, optimizer=self.settings.optimizer
+                ),
+                seed=self.seed,
+                reduction=self.settings.reduction,
+                samples=self.settings.batch,
+                checkpoint=self.folder,
+                every=every,
+                on_step=step_done,
+            )
+        except NotFinite as error:
+            kept = f"the last good checkpoint is kept in {self.folder}" if exists(self.folder) else "none was kept yet"
+            raise SearchStopped(f"the training of the supernet stopped: {error}; {kept}. Lower supernet.lr") from error
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: what was trained, and the hash of each file of the checkpoint."""
+        return {
+            "policy": self.settings.policy.name,
+            "steps": self.supernet.step,
+            "steps_per_epoch": self.epoch,
+            "numbers": self.supernet.numel,
+            "loss": self.history[-1][1] if self.history else None,
+            "sha256": _hashes(self.folder),
+        }
+
+    def _write_history(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder / HISTORY) as file:
+            writer = csv.writer(file)
+            writer.writerow(["step", "loss_of_first", "mean_loss"])
+            writer.writerows(self.history)
+
+
+def begin(settings: config.Config, space: SearchSpace, task: Task, folder: Path) -> Pretraining:
+    """The supernet that a config asks for, as far as it is trained in ``folder``. Nothing is trained or written here.
+
+    Raises: ConfigError: an argument of the policy is wrong. SpaceError: operations that do not nest, or a checkpoint of
+        another space. DamagedFile: a file of the checkpoint is not what was written.
+    """
+    wanted = settings.supernet
+    if wanted is None:
+        raise ConfigError("the config has no section supernet")
+    supernet = load(settings, space, task, folder) if exists(folder) else _new(settings, space, task)
+    epoch = 1
+    if wanted.batch is not None:
+        epoch = math.ceil(len(task.batch(WHOLE, settings.seed).target) / wanted.batch)
+    steps = wanted.epochs * epoch
+    arguments = wanted.policy.arguments | ({} if wanted.distill is None else {"distill": wanted.distill})
+    offered = {"space": space, "supernet": supernet, "steps": steps}
+    policy: Policy = registry.make("policies", wanted.policy.name, arguments, offered)
+    history = [row for row in read_history(folder) if row[0] <= supernet.step]
+    return Pretraining(folder, wanted, settings.seed, supernet, policy, epoch, steps, history)
+
+
+def load(settings: config.Config, space: SearchSpace, task: Task, folder: Path) -> Supernet:
+    """The supernet in ``folder``, on the device of ``task``. Raises: as :func:`begin`; ConfigError: there is none."""
+    return Supernet.load(folder, space, task).to(task.inputs[0].device)
+
+
+def _new(settings: config.Config, space: SearchSpace, task: Task) -> Supernet:
+    return Supernet(space, task, settings.seed).to(task.inputs[0].device)
+
+
+def exists(folder: Path) -> bool:
+    """Whether ``folder`` holds a checkpoint."""
+    return (folder / checkpoint.FILE).exists()
+
+
+def check(folder: Path, sha256: dict[str, str]) -> None:
+    """Refuse a finished supernet that is not the one that was trained. Raises: DamagedFile."""
+    found = _hashes(folder)
+    for name, digest in sha256.items():
+        if found.get(name) != digest:
+            raise DamagedFile(
+                f"{folder / name} is not what this run trained: restore it from a copy, or start a new run"
+            )
+
+
+def read_history(folder: Path) -> list[Row]:
+    """The rows of ``history.csv``; none if there is no such file. Raises: DamagedFile."""
+    path = folder / HISTORY
+    if not path.exists():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [(int(step), float(first), float(mean)) for step, first, mean in list(csv.reader(file))[1:]]
+    except (ValueError, UnicodeDecodeError) as error:
+        raise DamagedFile(f"{path} is damaged ({error}): delete it; the curve of the loss is lost") from None
+
+
+def relax(
+    settings: config.Differentiable, supernet: Supernet, seed: int, on_step: Callable[..., None]
+) -> dict[str, Any]:
+    """Differentiable search in ``supernet``, which is changed by it. Returns: what it found, for the manifest.
+
+    Raises: ConfigError: an argument of the method is wrong. SearchStopped: a loss is NaN or infinite.
+    """
+    offered = {"supernet": supernet, "steps": settings.steps, "seed": seed, "on_step": on_step}
+    start = time.monotonic()
+    try:
+        found = registry.make("relaxations", settings.method, settings.arguments, offered)
+    except ConfigError as error:
+        if isinstance(error.__cause__, NotFinite):
+            raise SearchStopped(f"the differentiable search stopped: {error}. Lower its learning rate") from error
+        raise
+    architecture = supernet.space.architecture(found.architecture)
+    return {
+        "method": settings.method,
+        "steps": settings.steps,
+        "architecture": dict(architecture),
+        "probabilities": {choice: dict(labels) for choice, labels in found.probabilities.items()},
+        "seconds": round(time.monotonic() - start, 3),
+    }
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".json", ".safetensors")]
+    return manifest.hashes(folder, files)
