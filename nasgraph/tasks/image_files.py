@@ -8,7 +8,6 @@ from __future__ import annotations
 import gzip
 import io
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,14 +65,14 @@ def read(name: str, root: str | None = None, file: str | None = None) -> Arrays:
         raise DataError(f"no {source.title}: there is no {path}. A data folder needs {wanted}")
     try:
         return source.read_folder(path) if path.is_dir() else _archive(path)
-    except DataError:
+    except (DataError, MemoryError):
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error}). It must be {wanted}") from error
 
 
 def _archive(path: Path) -> Arrays:
-    with np.load(path, allow_pickle=False) as archive:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         if "train_jpeg" in archive:
             return tuple(
                 part

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -406,7 +407,7 @@ def _labels(array: Any, images: Any, name: str, what: str) -> Tensor:
 
 def _tensor(array: Any, name: str, what: str) -> Tensor:
     try:
-        return torch.as_tensor(array).cpu()
+        return array.detach().cpu() if isinstance(array, Tensor) else torch.from_numpy(np.array(array))
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"'{name}': {what} are a {type(array).__name__}, no array or tensor ({error})") from error
 
