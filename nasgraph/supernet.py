@@ -206,6 +206,7 @@ class Supernet:
         settings: TrainSettings | None = None,
         seed: int = 0,
         reduction: str = "sum",
+        clip: float | None = None,
         samples: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
         every: int = 20,
@@ -221,16 +222,17 @@ class Supernet:
                 its settings are those of the call before, and starts anew otherwise.
             reduction: how the gradients of a step's architectures become one update, ``"sum"`` or ``"mean"``. The
                 loss of each is a mean over the batch's samples either way.
+            clip: each entry of an update's gradient is clipped to ``[-clip, clip]``.
             samples: training samples per step; default: all of them, at once.
             checkpoint: a folder that :meth:`save` writes after every ``every`` updates and after the last.
             on_step: called with the number of each step and the losses of its architectures.
 
         Returns: of each step done here the mean loss of its architectures, in nats.
         Raises: NotFinite: a loss or a gradient is NaN or infinite; names step and architecture. The store is as the
-            step before left it, and so is the checkpoint. ConfigError: an unknown reduction.
+            step before left it, and so is the checkpoint. ConfigError: an unknown reduction, a clip of 0 or less.
         """
         return train_shared(
-            self, policy, steps, settings or TrainSettings(), seed, reduction, samples, checkpoint, every, on_step
+            self, policy, steps, settings or TrainSettings(), seed, reduction, clip, samples, checkpoint, every, on_step
         )
 
     def resume(self, policy: Policy) -> None:

@@ -9,13 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nasgraph.errors import ConfigError, NotFinite, did_you_mean
-from nasgraph.space import Architecture
 from nasgraph.training.loop import TrainSettings, _optimizer
-from nasgraph.training.policies import Policy
+from nasgraph.training.policies.base import Key, Path, Policy, Step
 
 if TYPE_CHECKING:
     from nasgraph.supernet import Supernet
@@ -32,6 +30,7 @@ def train_shared(
     settings: TrainSettings,
     seed: int,
     reduction: str,
+    clip: float | None,
     samples: int | None,
     checkpoint: str | os.PathLike[str] | None,
     every: int,
@@ -40,6 +39,8 @@ def train_shared(
     """See :meth:`nasgraph.supernet.Supernet.train`."""
     if reduction not in REDUCTIONS:
         raise ConfigError(f"unknown reduction {reduction!r}.{did_you_mean(reduction, REDUCTIONS)} Known: sum, mean.")
+    if clip is not None and not clip > 0:
+        raise ConfigError(f"clip is {clip!r}: give a number above 0, or leave it out")
     if supernet.optimizer is None or supernet.settings != settings:
         supernet.settings = settings
         supernet.optimizer = _optimizer(list(supernet.parameters()), settings)
@@ -48,10 +49,11 @@ def train_shared(
     history = []
     for step in range(supernet.step, steps):
         batch = whole or supernet.task.batch(samples or ALL, _seed(seed, step))
-        paths = policy.sample(step, random.Random(f"paths/{seed}/{step}"))
-        losses = _step(supernet, batch, paths, policy.distill, reduction, step, _seed(seed, step))
+        drawn = policy.sample(step, random.Random(f"paths/{seed}/{step}"))
+        paths = [path if isinstance(path, Path) else Path(path) for path in drawn]
+        losses = _step(supernet, batch, paths, reduction, clip, step, _seed(seed, step))
         supernet.step = step + 1
-        policy.observe(step, paths, losses)
+        policy.observe(Step(step, paths, losses, lambda: _gradient_norms(supernet)))
         supernet.policy_state = (type(policy).__qualname__, policy.state())
         history.append(sum(losses) / len(losses))
         if on_step is not None:
@@ -63,50 +65,64 @@ def train_shared(
     return history
 
 
-def distillation(student: Tensor, teacher: Tensor) -> Tensor:
-    """``KL(teacher || student)`` of the classes, mean over samples, in nats; no gradient to the teacher.
-
-    Shapes: both logits ``(n, classes)`` -> scalar.
-    """
-    target = F.log_softmax(teacher.detach(), dim=-1)
-    return F.kl_div(F.log_softmax(student, dim=-1), target, reduction="batchmean", log_target=True)
-
-
 def _step(
     supernet: Supernet,
     batch: Batch,
-    paths: Sequence[Architecture],
-    distill: bool,
+    paths: Sequence[Path],
     reduction: str,
+    clip: float | None,
     step: int,
     seed: int,
 ) -> list[float]:
-    """One update; the store is left alone if a loss or a gradient is not finite."""
+    """One update; the store is left alone if a loss or a gradient is not finite. Returns: the loss of each path."""
     assert supernet.optimizer is not None
     supernet.optimizer.zero_grad(set_to_none=True)
-    weight = 1.0 / len(paths) if reduction == "mean" else 1.0
+    share = 1.0 / len(paths) if reduction == "mean" else 1.0
     losses: list[float] = []
-    teacher: Tensor | None = None
+    kept = {path.teacher for path in paths}
+    outputs_of: dict[int | nn.Module, Tensor] = {}  # of teachers: paths by their position, and networks
     cuda = [supernet.device.index or 0] if supernet.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
-        for path in paths:
-            outputs = batch.outputs(supernet.subnet(path).train())
-            loss = batch.losses(outputs).mean() if teacher is None else distillation(outputs, teacher)
-            if distill and teacher is None:
-                teacher = outputs.detach()
+        for i, path in enumerate(paths):
+            outputs = batch.outputs(supernet.subnet(path.architecture).train())
+            if i in kept:
+                outputs_of[i] = outputs.detach()
+            loss = _loss(path, batch, outputs, outputs_of)
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
                 supernet.optimizer.zero_grad(set_to_none=True)
-                raise NotFinite(f"step {step}: the loss of {path.to_json()} is {losses[-1]}; the step was not taken")
-            (loss * weight).backward()  # type: ignore[no-untyped-call]
+                name = path.architecture.to_json()
+                raise NotFinite(f"step {step}: the loss of {name} is {losses[-1]}; the step was not taken")
+            (loss * (share * path.weight)).backward()  # type: ignore[no-untyped-call]
     gradients = [parameter.grad for parameter in supernet.parameters() if parameter.grad is not None]
     if not _all_finite(gradients):
         supernet.optimizer.zero_grad(set_to_none=True)
-        names = ", ".join(path.to_json() for path in paths)
+        names = ", ".join(path.architecture.to_json() for path in paths)
         raise NotFinite(f"step {step}: a gradient of {names} is not finite; the step was not taken")
+    if clip is not None and gradients:
+        torch.nn.utils.clip_grad_value_([p for p in supernet.parameters() if p.grad is not None], clip)
     supernet.optimizer.step()
     return losses
+
+
+def _loss(path: Path, batch: Batch, outputs: Tensor, outputs_of: dict[int | nn.Module, Tensor]) -> Tensor:
+    """Of one path, before its weight. ``outputs`` is ``(n, classes)``."""
+    loss = batch.losses(outputs).mean() * path.hard if path.hard else outputs.new_zeros(())
+    if path.soft and path.teacher is not None:
+        if path.teacher not in outputs_of:
+            if isinstance(path.teacher, int):
+                raise ValueError(f"path {path.teacher} cannot teach: it is not an earlier path of the step")
+            with torch.no_grad():
+                outputs_of[path.teacher] = batch.outputs(path.teacher)
+        loss = loss + path.soft * path.divergence(outputs, outputs_of[path.teacher])
+    return loss
+
+
+def _gradient_norms(supernet: Supernet) -> dict[Key, float]:
+    used = {key: parameter.grad for key, parameter in supernet.store.items() if parameter.grad is not None}
+    norms = torch._foreach_norm(list(used.values())) if used else []
+    return dict(zip(used, torch.stack(list(norms)).tolist() if used else [], strict=True))
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
