@@ -75,6 +75,55 @@ class PNA(nn.Module):
         return out
 
 
+def convolutions(width: Choice, heads: Choice, attention_dropout: Choice, degrees: Sequence[int]) -> list[Op]:
+    """The layers from which a graph network chooses; all give ``width`` channels, attention heads share them."""
+    return [
+        Op(GATConv, label="gat", out_channels=width // heads, heads=heads, dropout=attention_dropout),
+        Op(GATv2Conv, label="gatv2", out_channels=width // heads, heads=heads, dropout=attention_dropout),
+        Op(GCNConv, label="gcn", out_channels=width),
+        Op(GINConv, label="gin", nn=Op(MLP, hidden_channels=width, out_channels=width, num_layers=2, norm=None)),
+        Op(ChebConv, label="cheb", out_channels=width, K=2),
+        Op(SAGEConv, label="sage_mean", out_channels=width, aggr="mean"),
+        Op(SAGEConv, label="sage_max", out_channels=width, aggr="max"),
+        Op(ARMAConv, label="arma", out_channels=width, num_stacks=2, num_layers=2, shared_weights=True),
+        Op(GraphConv, label="graph", out_channels=width),
+        Op(GENConv, label="gen", out_channels=width),
+        Op(PNA, label="pna", out_channels=width, degrees=degrees),
+        Op(nn.Linear, label="fc", out_features=width),
+    ]
+
+
+def norms() -> dict[str, Op]:
+    """Normalisations of nodes' channels."""
+    return {"none": Op(nn.Identity), "batch": Op(nn.BatchNorm1d), "layer": Op(nn.LayerNorm)}
+
+
+def activations() -> dict[str, Op]:
+    """Activations."""
+    return {
+        "relu": Op(nn.ReLU),
+        "elu": Op(nn.ELU),
+        "leaky_relu": Op(nn.LeakyReLU),
+        "prelu": Op(nn.PReLU),
+        "tanh": Op(nn.Tanh),
+    }
+
+
+def degree_counts(degrees: Sequence[int] | None) -> list[int]:
+    """``degrees`` as PNA takes them; None: all nodes have 4 edges. Raises: SpaceError: degrees of no node."""
+    counts = [0, 0, 0, 0, 1] if degrees is None else [int(count) for count in degrees]
+    if sum(counts) < 1 or min(counts) < 0:
+        raise SpaceError("degrees must count at least one node: degrees[d] is the number of nodes with d edges")
+    return counts
+
+
+def check_widths(widths: Sequence[int]) -> None:
+    """Raises: SpaceError: a width that attention heads cannot share."""
+    for size in widths:
+        if size < 1 or size % max(HEADS):
+            raise SpaceError(f"width {size} is not a multiple of {max(HEADS)}, the number of attention heads")
+
+
 def gnn_node(
     features: int,
     classes: int,
@@ -101,43 +150,15 @@ def gnn_node(
     """
     if layers < 1:
         raise SpaceError(f"gnn_node needs at least one layer, not {layers}")
-    for size in widths:
-        if size < 1 or size % max(HEADS):
-            raise SpaceError(f"width {size} is not a multiple of {max(HEADS)}, the number of attention heads")
-    counts = [0, 0, 0, 0, 1] if degrees is None else [int(count) for count in degrees]
-    if sum(counts) < 1 or min(counts) < 0:
-        raise SpaceError("degrees must count at least one node: degrees[d] is the number of nodes with d edges")
-
+    check_widths(widths)
+    counts = degree_counts(degrees)
     space = SearchSpace("gnn_node")
     x, edges = graph_inputs(space, features)
     width = Choice("width", list(widths), ordered=True)
     heads = Choice("heads", list(HEADS), ordered=True)
     attention_dropout = Choice("attention_dropout", [0.0, 0.3, 0.6], ordered=True)
-    convolutions = [
-        Op(GATConv, label="gat", out_channels=width // heads, heads=heads, dropout=attention_dropout),
-        Op(GATv2Conv, label="gatv2", out_channels=width // heads, heads=heads, dropout=attention_dropout),
-        Op(GCNConv, label="gcn", out_channels=width),
-        Op(GINConv, label="gin", nn=Op(MLP, hidden_channels=width, out_channels=width, num_layers=2, norm=None)),
-        Op(ChebConv, label="cheb", out_channels=width, K=2),
-        Op(SAGEConv, label="sage_mean", out_channels=width, aggr="mean"),
-        Op(SAGEConv, label="sage_max", out_channels=width, aggr="max"),
-        Op(ARMAConv, label="arma", out_channels=width, num_stacks=2, num_layers=2, shared_weights=True),
-        Op(GraphConv, label="graph", out_channels=width),
-        Op(GENConv, label="gen", out_channels=width),
-        Op(PNA, label="pna", out_channels=width, degrees=counts),
-        Op(nn.Linear, label="fc", out_features=width),
-    ]
-    norm = Choice("norm", {"none": Op(nn.Identity), "batch": Op(nn.BatchNorm1d), "layer": Op(nn.LayerNorm)})
-    activation = Choice(
-        "activation",
-        {
-            "relu": Op(nn.ReLU),
-            "elu": Op(nn.ELU),
-            "leaky_relu": Op(nn.LeakyReLU),
-            "prelu": Op(nn.PReLU),
-            "tanh": Op(nn.Tanh),
-        },
-    )
+    layer = convolutions(width, heads, attention_dropout, counts)
+    norm, activation = Choice("norm", norms()), Choice("activation", activations())
     rate = Choice("dropout", list(RATES), ordered=True)
     # An operation that takes one input leaves the second unread, and with it all that only leads there.
     residual = Choice("residual", {"none": Op(nn.Identity), "add": Call(add)})
@@ -149,7 +170,7 @@ def gnn_node(
         before = h
         if i > 1:
             h = space.add(f"drop{i}", Op(nn.Dropout, p=rate), h)
-        options = convolutions if i == 1 else [*convolutions, Op(nn.Identity, label="skip")]
+        options = layer if i == 1 else [*layer, Op(nn.Identity, label="skip")]
         h = space.add(f"conv{i}", Choice(f"conv{i}", options), h, edges)
         h = space.add(f"norm{i}", norm, h)
         h = space.add(f"act{i}", activation, h)

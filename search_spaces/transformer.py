@@ -26,7 +26,7 @@ class Positions(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al., NeurIPS 2017); heads are ``head_width`` wide, whatever ``embed_dim`` is.
+    """Multi-head self-attention (Vaswani et al., NeurIPS 2017). A head has ``head_width`` channels, whatever comes in.
 
     One matrix makes queries, keys and values, ``(3, heads, head_width)`` rows of it in this order. So in a supernet a
     form with fewer heads uses the first heads of each third: :meth:`slice_rule`.
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
     def slice_rule(self, name: str, stored: Tensor, shape: Sequence[int]) -> Tensor:
         """Whole leading heads, and leading channels of what comes in and goes out."""
         if name.startswith("enter."):
-            stored = stored.unflatten(0, (3, -1, self.head_width))[:, : self.heads].flatten(0, 2)
+            stored = stored.view(3, -1, self.head_width, *stored.shape[1:])[:, : self.heads].flatten(0, 2)
         return stored[tuple(slice(0, size) for size in shape)]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,16 +2,28 @@
 
 from nasgraph.tasks.base import Task
 from nasgraph.tasks.batch import Batch
+from nasgraph.tasks.graphs import Graphs, GraphTask, graphs_from_function, tudataset
 from nasgraph.tasks.node import NodeData, NodeTask, amazon, coauthor, digits_knn, from_function, planetoid
+from nasgraph.tasks.text import Rows, RowTask, Text, TextTask, characters, digits_rows
 
 __all__ = [
     "Batch",
+    "GraphTask",
+    "Graphs",
     "NodeData",
     "NodeTask",
+    "RowTask",
+    "Rows",
     "Task",
+    "Text",
+    "TextTask",
     "amazon",
+    "characters",
     "coauthor",
     "digits_knn",
+    "digits_rows",
     "from_function",
+    "graphs_from_function",
     "planetoid",
+    "tudataset",
 ]

@@ -1,4 +1,4 @@
-"""PyG's node datasets from a folder of raw files or the network, without writing where the data lies.
+"""PyG's datasets from a folder of raw files or the network, without writing where the data lies.
 
 PyG writes ``processed/`` beside ``raw/``, which a read-only folder refuses and parallel workers corrupt. So raw files
 are copied, or downloaded, into a new folder of the cache, PyG processes them there, and the finished folder gets its
@@ -22,6 +22,10 @@ FAMILIES = {
     "Planetoid": ("Cora", "CiteSeer", "PubMed"),
     "Amazon": ("Computers", "Photo"),
     "Coauthor": ("CS", "Physics"),
+    "TUDataset": (
+        *("MUTAG", "PROTEINS", "IMDB-BINARY", "IMDB-MULTI", "ENZYMES", "NCI1", "NCI109", "PTC_MR", "DD", "AIDS"),
+        *("Mutagenicity", "COLLAB", "REDDIT-BINARY", "REDDIT-MULTI-5K"),
+    ),
 }
 
 
@@ -39,20 +43,30 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nasgraph"
 
 
-def graphs_folder(root: str | None) -> Path | None:
-    """Where raw graphs lie: ``root``, else ``$NASGRAPH_DATA``, or the folder ``graphs`` in it. None: none is named."""
+def data_folder(root: str | None, kind: str) -> Path | None:
+    """Where data lie: ``root``, else ``$NASGRAPH_DATA``, or the folder ``kind`` in it. None: none is named."""
     given = root or os.environ.get("NASGRAPH_DATA")
     if not given:
         return None
     folder = Path(given).expanduser()
-    return folder / "graphs" if (folder / "graphs").is_dir() else folder
+    return folder / kind if (folder / kind).is_dir() else folder
+
+
+def graphs_folder(root: str | None) -> Path | None:
+    """Where raw graphs lie: see :func:`data_folder`."""
+    return data_folder(root, "graphs")
 
 
 def load(family: str, name: str, root: str | None = None) -> Any:
-    """The one ``torch_geometric.data.Data`` of a dataset, as PyG's class gives it.
+    """The first, and of node datasets the only, ``torch_geometric.data.Data`` of a dataset. See :func:`dataset`."""
+    return dataset(family, name, root)[0]
+
+
+def dataset(family: str, name: str, root: str | None = None) -> Any:
+    """A dataset as PyG's class gives it.
 
     Args:
-        family: ``Planetoid``, ``Amazon`` or ``Coauthor``: PyG's class.
+        family: ``Planetoid``, ``Amazon``, ``Coauthor`` or ``TUDataset``: PyG's class.
         name: the dataset, spelled as PyG spells it.
         root: folder with ``<family>/<name>/raw``, or with ``graphs/<family>/<name>/raw``; it is only read. Default:
             ``$NASGRAPH_DATA``; without that, PyG downloads into the cache.
@@ -71,7 +85,7 @@ def load(family: str, name: str, root: str | None = None) -> Any:
     try:
         if not (folder / name / "processed").is_dir():
             _process(family, name, raw, folder)
-        return _dataset(family, name, folder, raw)[0]
+        return _dataset(family, name, folder, raw)
     except OSError as error:
         raise DataError(f"cannot keep {name} in {folder}: {error}. Set NASGRAPH_CACHE to another folder.") from error
 
