@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -324,12 +324,16 @@ def _finished(run: Run, key: str, target: Path | None) -> bool:
 
 
 def _references(run: Run, made: Parts, display: Display) -> None:
-    """What the task's simple baseline reaches, measured once."""
+    """What the task's simple baselines reach, measured once."""
     measure = getattr(made.task, "baseline", None)
     if "references" not in run.facts and measure is not None:
         with _timed(display, "references"):
-            found = {name: value for name, value in measure().items() if name.endswith("accuracy")}
-            run.facts["references"] = {"logistic regression": found}
+            found = measure()
+            named = found if all(isinstance(of, Mapping) for of in found.values()) else {"logistic regression": found}
+            run.facts["references"] = {
+                label: {name: value for name, value in of.items() if name.endswith("accuracy")}
+                for label, of in named.items()
+            }
 
 
 def _finish_payload(record: TrialRecord, target: Path | None) -> dict[str, Any]:

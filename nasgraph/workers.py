@@ -230,7 +230,12 @@ def export_to(
         formats=formats or config.export,
         inputs=tuple(tensor.cpu() for tensor in made.task.inputs),
         metrics={**metrics, **measured},
-        metadata={"task": made.task.name, "training": _how(config, made), **metadata.get("notes", {})},
+        metadata={
+            "task": made.task.name,
+            **getattr(made.task, "notes", {}),
+            "training": _how(config, made),
+            **metadata.get("notes", {}),
+        },
     )
     return [
         {

@@ -21,6 +21,9 @@ class Task(Protocol):
         name: for reports and manifests.
         sizes: keyword arguments that a function making a search space receives, e.g. ``features`` and ``classes``.
         inputs: what ``model(*inputs)`` takes; costs, latency and exports are taken on them.
+
+    Optional: ``baseline()``, what must be beaten: values such as ``test_accuracy`` of a logistic regression, or a dict
+    of such values for each of several references by name; ``notes``, plain values for the card of an exported model.
     """
 
     name: str

@@ -174,8 +174,8 @@ def characters(
     """Predict the next character of a text: ``tinyshakespeare``, ``sums``, or a UTF-8 file of your own (``path``).
 
     ``tinyshakespeare`` (1,115,394 characters, 65 different) is ``text/tinyshakespeare.txt`` in ``root``, else in
-    ``$NASGRAPH_DATA``. ``sums`` is made here: 6,000 lines such as ``7+85=92``. Training, validation and test part lie one
-    behind the other; ``val`` and ``test`` are shares of the text.
+    ``$NASGRAPH_DATA``. ``sums`` is made here: 6,000 lines such as ``7+85=92``. Training, validation and test part lie
+    one behind the other; ``val`` and ``test`` are shares of the text.
 
     Args:
         length: characters that a model sees.
