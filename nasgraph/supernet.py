@@ -12,53 +12,34 @@ import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nasgraph import checkpoint as checkpoints
-from nasgraph.build import build_graph, node_seed
+from nasgraph.build import _made, _Shapes, build_graph, node_seed
 from nasgraph.canonical import simplify
 from nasgraph.errors import ConfigError, SpaceError
-from nasgraph.slicing import OWN_RULES, Cut, Shape, cut_for, taken
-from nasgraph.space import Architecture, Graph, Label, SearchSpace
+from nasgraph.slicing import computed_for, cut_for
+from nasgraph.space import Architecture, Graph, Label, SearchSpace, Step
+from nasgraph.stored import called, numbered, start
+from nasgraph.structure import Form, Key, Piece, Structure, form, tracks
 from nasgraph.training.loop import TrainSettings
 from nasgraph.training.policies import Policy
 from nasgraph.training.shared import train_shared
-from nasgraph.variants import Variant, chosen, options, variants
+from nasgraph.variants import chosen, options, variants
 
 if TYPE_CHECKING:
     from nasgraph.tasks.base import Task
     from nasgraph.tasks.batch import Batch
 
-Key = tuple[str, str, str]  # node, option, name of the parameter within the operation
 STRUCTURES = 1024  # kept built
 SAMPLES = 2048  # for BatchNorm: 64 batches of 32
 
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """One parameter of a built network: where it is stored and how it is cut."""
-
-    name: str  # in the network
-    key: Key
-    cut: Cut | None
-
-
-@dataclass(frozen=True, eq=False)
-class Structure:
-    """A built network without numbers: its parameters lie on the meta device, its buffers are those of a new one."""
-
-    model: fx.GraphModule
-    graph: Graph
-    pieces: tuple[Piece, ...]
-    buffers: tuple[tuple[str, Tensor], ...]
-    aliases: tuple[tuple[str, str], ...]  # second names of a tensor, with the first
+_called, _numbered = called, numbered  # the names that other modules import
 
 
 class Supernet:
@@ -79,15 +60,19 @@ class Supernet:
         self.device = torch.device("cpu")
         self.store: dict[Key, nn.Parameter] = {}
         for (node, option), forms in variants(space).items():
-            for name, tensor in _start(forms, node, option, seed).items():
+            for name, tensor in start(forms, node, option, seed).items():
                 self.store[node, option, name] = nn.Parameter(tensor)
         self.step = 0  # updates of training done
         self.settings: TrainSettings | None = None  # those of the optimizer
         self.optimizer: torch.optim.Optimizer | None = None
         self.policy_state: tuple[str, dict[str, Any]] | None = None  # class and state of the last policy
+        self._names: dict[tuple[str, str], list[str]] = {}
+        for node, option, name in self.store:
+            self._names.setdefault((node, option), []).append(name)
         self._options = {node: options(space, node) for node in space._ops}
         self._of: OrderedDict[Architecture, Structure] = OrderedDict()
         self._structures: OrderedDict[Any, Structure] = OrderedDict()
+        self._forms: OrderedDict[Any, Form] = OrderedDict()
         self._statistics: OrderedDict[Structure, tuple[tuple[int, ...], dict[str, Tensor]]] = OrderedDict()
         self._batches: dict[int, list[Batch]] = {}  # for the statistics
 
@@ -118,7 +103,7 @@ class Supernet:
             parameter.grad = None
         for state in self.optimizer.state.values() if self.optimizer else ():
             state.update({name: t.to(self.device) for name, t in state.items() if isinstance(t, Tensor)})
-        for cache in (self._of, self._structures, self._statistics, self._batches):
+        for cache in (self._of, self._structures, self._forms, self._statistics, self._batches):
             cache.clear()
         return self
 
@@ -144,11 +129,11 @@ class Supernet:
 
     def params(self, architecture: Mapping[str, Label]) -> int:
         """How many parameters ``architecture`` has."""
-        return sum(p.numel() for p in self._structure(Architecture(architecture)).model.parameters())
+        return self._structure(Architecture(architecture)).numel()
 
     def has_batch_norm(self, architecture: Mapping[str, Label]) -> bool:
         """Whether the scores of ``architecture`` need statistics of their own."""
-        return any(_tracks(module) for module in self._structure(Architecture(architecture)).model.modules())
+        return self._structure(Architecture(architecture)).has_batch_norm
 
     def calibrated(self, architecture: Mapping[str, Label], samples: int = SAMPLES) -> fx.GraphModule:
         """:meth:`extract` with BatchNorm statistics, in evaluation mode: exactly the network that ``evaluate`` scores.
@@ -159,7 +144,7 @@ class Supernet:
         """
         model = self.extract(architecture).eval()
         structure = self._structure(Architecture(architecture))
-        if not any(_tracks(module) for module in model.modules()):
+        if not structure.has_batch_norm:
             return model
         version = (samples, *(self.store[piece.key]._version for piece in structure.pieces))
         kept = self._statistics.get(structure)
@@ -272,26 +257,42 @@ class Supernet:
         return self._options[node][id(chosen(self.space, node, architecture))]
 
     def _build(self, graph: Graph, picked: Mapping[str, str]) -> Structure:
-        model = build_graph(self.space, graph, self.seed).to(self.device)
-        pieces = []
+        shapes, forms = _Shapes(self.space), []
         for step in graph.steps:
-            if step.op.is_call:
-                continue
-            module = model.get_submodule(step.name)
-            for name, parameter in module.named_parameters():
-                key, shape = (step.name, picked[step.name], name), tuple(parameter.shape)
-                stored = tuple(self.store[key].shape) if key in self.store else ()
-                if len(stored) != len(shape) or any(a < b for a, b in zip(stored, shape, strict=True)):
-                    raise SpaceError(
-                        f"{_called(*key)} is {shape}, larger than the {stored} that the store found for it"
-                    )
-                pieces.append(Piece(f"{step.name}.{name}", key, cut_for(module, name, stored, shape)))
-        _without_numbers(model)
-        aliases = (*_aliases(model.named_parameters), *_aliases(model.named_buffers))
-        return Structure(model, graph, tuple(pieces), tuple(model.named_buffers()), aliases)
+            forms.append(None if step.op.is_call else self._form(step, picked[step.name], shapes))
+            signature = (step.op.signature, tuple(shapes.shapes[name] for name in step.sources))
+            known = signature in shapes.known
+            shapes.after(step, None if known or step.op.is_call else self._module(step, shapes))
+        return Structure(graph, tuple(forms))
+
+    def _module(self, step: Step, shapes: _Shapes) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(node_seed(self.seed, step.name))
+            return _made(step.op, shapes.channels(step.sources[0]))()
+
+    def _form(self, step: Step, option: str, shapes: _Shapes) -> Form:
+        signature = (step.name, option, step.op.signature, shapes.channels(step.sources[0]))
+        found = self._forms.get(signature)
+        if found is None:
+            module = self._module(step, shapes).to(self.device)
+            pieces = [self._piece(step.name, option, name, module) for name, _ in module.named_parameters()]
+            found = form(module, step.name, pieces)
+            _keep(self._forms, signature, found)
+        return found
+
+    def _piece(self, node: str, option: str, name: str, module: nn.Module) -> Piece:
+        key, shape = (node, option, name), tuple(module.get_parameter(name).shape)
+        stored = tuple(self.store[key].shape) if key in self.store else ()
+        cut = cut_for(module, name, stored, shape) if stored else None
+        axes = shape if cut is None else cut.axes
+        if len(stored) != len(axes) or any(a < b for a, b in zip(stored, axes, strict=True)):
+            raise SpaceError(f"{called(*key)} is {shape}, larger than the {stored} that the store found for it")
+        computed = computed_for(module, name, self._names[node, option])
+        extra = () if computed is None else tuple((own, (node, option, full)) for own, full in computed.extra)
+        return Piece(f"{node}.{name}", key, cut, computed, extra)
 
     def _slices(self, structure: Structure) -> dict[str, Tensor]:
-        return {piece.name: _slice(self.store[piece.key], piece.cut) for piece in structure.pieces}
+        return {piece.name: piece.of(self.store) for piece in structure.pieces}
 
 
 class Subnet(nn.Module):
@@ -312,17 +313,7 @@ class Subnet(nn.Module):
         return supernet._slices(structure)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        structure = self._view[1]
-        if structure.model.training != self.training:
-            structure.model.train(self.training)
-        state = self.slices()
-        for name, buffer in structure.buffers:
-            state[name] = buffer.clone()
-        for name, first in structure.aliases:
-            state[name] = state[first]
-        # The names of tied weights are found once, not at each call: that took a tenth of a small network's step.
-        result: Tensor = functional_call(structure.model, state, inputs, tie_weights=False)
-        return result
+        return self._view[1].run(inputs, self.slices(), self.training)
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
@@ -334,7 +325,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     Returns: ``model``.
     Raises: ValueError: there is no batch.
     """
-    layers: list[_BatchNorm] = [module for module in model.modules() if _tracks(module)]  # type: ignore[misc]
+    layers: list[_BatchNorm] = [module for module in model.modules() if tracks(module)]  # type: ignore[misc]
     model.eval()
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -356,98 +347,11 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     return model
 
 
-def _tracks(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.track_running_stats
-
-
-def _slice(stored: Tensor, cut: Cut | None) -> Tensor:
-    """Contiguous and at the start of its memory, as a copy would be: kernels may add in another order otherwise."""
-    piece = taken(cut, stored).contiguous()
-    return piece.clone() if piece.storage_offset() else piece
-
-
-def _without_numbers(model: nn.Module) -> None:
-    moved: dict[int, nn.Parameter] = {}  # a parameter under two names stays one
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                if id(parameter) not in moved:
-                    moved[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"))
-                module._parameters[name] = moved[id(parameter)]
-
-
-def _aliases(named: Callable[..., Iterable[tuple[str, Tensor]]]) -> list[tuple[str, str]]:
-    first = {id(tensor): name for name, tensor in named()}
-    return [(n, first[id(t)]) for n, t in named(remove_duplicate=False) if first[id(t)] != n]
-
-
 def _keep(cache: OrderedDict[Any, Any], key: Any, thing: Any) -> None:
     cache[key] = thing
     if len(cache) > STRUCTURES:
         cache.popitem(last=False)
 
 
-def _start(forms: list[Variant], node: str, option: str, seed: int) -> dict[str, Tensor]:
-    """Each parameter at the largest size over ``forms``; every entry starts as in the largest form that uses it."""
-    sizes: dict[str, Shape] = {}
-    kinds: dict[str, torch.dtype] = {}
-    for form in forms:
-        for name, parameter in form.module.named_parameters():
-            shape = tuple(parameter.shape)
-            before = sizes.setdefault(name, shape)
-            kinds.setdefault(name, parameter.dtype)
-            if len(before) != len(shape):
-                raise SpaceError(
-                    f"{_called(node, option, name)} is {before} in one form and {shape} in another: these do not nest, "
-                    "so make them two options"
-                )
-            sizes[name] = tuple(map(max, before, shape))
-    stored = {name: torch.zeros(shape, dtype=kinds[name]) for name, shape in sizes.items()}
-    free = {name: torch.ones(shape, dtype=torch.bool) for name, shape in sizes.items()}
-    for form in sorted(forms, key=_size, reverse=True):
-        cuts = {name: _checked_cut(form, name, sizes[name], node, option) for name in form.shapes}
-        fresh = {name: taken(cut, free[name]) for name, cut in cuts.items()}
-        if not any(bool(new.any()) for new in fresh.values()):
-            continue
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(node_seed(seed, f"{node}/{option}"))
-            module = form.made()
-        for name, parameter in module.named_parameters():
-            places = taken(cuts[name], _numbered(sizes[name]))[fresh[name]]
-            stored[name].view(-1)[places] = parameter.detach()[fresh[name]]
-            free[name].view(-1)[places] = False
-    return stored
-
-
-def _size(form: Variant) -> int:
-    return sum(parameter.numel() for parameter in form.module.parameters())
-
-
-def _checked_cut(form: Variant, name: str, stored: Shape, node: str, option: str) -> Cut | None:
-    """The cut of one parameter of ``form``; that of a declared rule is tried."""
-    shape = form.shapes[name]
-    cut = cut_for(form.module, name, stored, shape)
-    if cut is None or cut.func in OWN_RULES:
-        return cut
-    try:
-        places = cut(_numbered(stored))
-    except Exception as error:
-        raise SpaceError(f"{_called(node, option, name)}: its slice_rule failed on {stored}: {error}") from error
-    if tuple(places.shape) != shape or len(set(places.flatten().tolist())) != places.numel():
-        raise SpaceError(
-            f"{_called(node, option, name)}: its slice_rule must select every entry of {shape} once from {stored}, "
-            f"and gave {tuple(places.shape)}"
-        )
-    return cut
-
-
-def _numbered(shape: Shape) -> Tensor:
-    return torch.arange(math.prod(shape)).reshape(shape)
-
-
 def _batch_seed(seed: int, i: int) -> int:
     return node_seed(seed, f"batch norm/{i}")
-
-
-def _called(node: str, option: str, name: str) -> str:
-    return f"node '{node}', option '{option}', parameter '{name}'"

@@ -132,11 +132,14 @@ def test_what_is_extracted_is_its_own() -> None:
 
 def test_forward_writes_no_buffer(cnn: Supernet) -> None:
     arch = next(arch for arch in samples(cnn.space, 50) if cnn.has_batch_norm(arch))
-    buffers = dict(cnn._structure(arch).model.named_buffers())
-    before = {name: buffer.clone() for name, buffer in buffers.items()}
-    run(cnn.subnet(arch), images(4), True)
-    after = dict(cnn._structure(arch).model.named_buffers())
-    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    forms = [form for form in cnn._structure(arch).forms if form is not None]
+    buffers = [buffer for form in forms for buffer in form.module.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    for training in (False, True):
+        run(cnn.subnet(arch), images(4), training)
+        after = [buffer for form in forms for buffer in form.module.buffers()]
+        assert all(one is other for one, other in zip(after, buffers, strict=True))
+        assert before and all(torch.equal(one, other) for one, other in zip(after, before, strict=True))
 
 
 def test_what_is_extracted_can_be_exported(gnn: Supernet, tmp_path: Path) -> None:
@@ -162,7 +165,7 @@ def test_the_store_is_as_large_as_the_largest_architecture_needs(make: Any) -> N
     for arch in samples(space, 250):
         parameters = dict(build(space, arch).named_parameters())
         for piece in supernet._structure(arch).pieces:
-            shape = tuple(parameters[piece.name].shape)
+            shape = tuple(parameters[piece.name].shape) if piece.cut is None else piece.cut.axes
             largest[piece.key] = tuple(map(max, largest.get(piece.key, shape), shape))
     stored = {key: tuple(parameter.shape) for key, parameter in supernet.store.items()}
     assert all(a >= b for key, shape in largest.items() for a, b in zip(stored[key], shape, strict=True))
@@ -307,7 +310,7 @@ def test_options_of_one_class_have_stores_of_their_own() -> None:
 def test_structures_are_built_once(cnn: Supernet) -> None:
     arch = samples(cnn.space, 1)[0]
     assert cnn._structure(arch) is cnn._structure(Architecture(dict(arch)))
-    assert all(p.is_meta for p in cnn._structure(arch).model.parameters())
+    assert all(p.is_meta for form in cnn._structure(arch).forms if form for p in form.module.parameters())
 
 
 class Tied(nn.Module):

@@ -29,7 +29,7 @@ from nasgraph.training.differentiable.relaxed import (
 from nasgraph.training.shared import _seed
 
 if TYPE_CHECKING:
-    from nasgraph.supernet import Key
+    from nasgraph.structure import Key
 
 
 def coded(

@@ -31,11 +31,12 @@ from nasgraph.build import _made, _Shapes
 from nasgraph.errors import ConfigError, SpaceError, did_you_mean
 from nasgraph.slicing import Cut, Shape, cut_for, taken
 from nasgraph.space import ConcreteOp, Label, SearchSpace, Step
-from nasgraph.supernet import _without_numbers
+from nasgraph.structure import without_numbers
 from nasgraph.variants import Cube, Tensors, _form, _joined, _merged, _readings, _ways, options
 
 if TYPE_CHECKING:
-    from nasgraph.supernet import Key, Supernet
+    from nasgraph.structure import Key
+    from nasgraph.supernet import Supernet
 
 Weights = Mapping[str, Tensor]  # choice -> (labels,)
 Open = Mapping[str, frozenset[Label]]  # choice -> labels that are run; a choice that is not named has all
@@ -288,7 +289,7 @@ class Mixture:
         with torch.random.fork_rng(devices=[]):
             module = _made(op, shapes.channels(sources[0]))()
         module.to(self.supernet.device)
-        _without_numbers(module)
+        without_numbers(module)
         return module
 
     def _place(self, name: str, found: dict[Any, Form], entries: list[tuple[Cube, Any, Tensors]]) -> Place:
