@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nasgraph.errors import DataError
+from nasgraph.tasks.datasets import data_folder
 
 Arrays = tuple[Any, Any, Any, Any]  # training images and labels, test images and labels
 
@@ -43,15 +43,13 @@ def read(name: str, root: str | None = None, file: str | None = None) -> Arrays:
     Raises: DataError: nothing is there, or a file cannot be read; names what to put where.
     """
     source = SOURCES[name]
-    given = root or os.environ.get("NASGRAPH_DATA")
     wanted = (
         f"images/{name}.npz with the arrays {', '.join(ARRAYS)}, or images/{source.folder} with {source.files} "
         f"(they are not downloaded)"
     )
-    if not given:
+    folder = data_folder(root, "images")
+    if folder is None:
         raise DataError(f"no {source.title}: set NASGRAPH_DATA (or --data-root, root) to a folder that has {wanted}")
-    folder = Path(given).expanduser()
-    folder = folder / "images" if (folder / "images").is_dir() else folder
     if file is not None:
         path = folder / file
     else:

@@ -18,9 +18,9 @@ from nasgraph import registry
 from nasgraph.errors import ConfigError, DataError
 from nasgraph.tasks import image_files
 from nasgraph.tasks.batch import Batch, balanced
-from nasgraph.training.loop import Fit, TrainSettings, evaluate, train
+from nasgraph.tasks.loaded import SPLITS, LoadedTask, moved
+from nasgraph.training.loop import TrainSettings
 
-SPLITS = ("train", "val", "test")
 SCORED = 256  # images of a batch that is only scored
 OPAQUE = 4  # channels that an image may have beside red, green, blue: transparency
 
@@ -39,23 +39,15 @@ class ImageData:
     test_x: Tensor
     test_y: Tensor
 
-    def to(self, device: str | torch.device) -> ImageData:
-        """A copy on ``device``."""
-        return ImageData(*(tensor.to(device) for tensor in self.__dict__.values()))
 
-
-class ImageTask:
+class ImageTask(LoadedTask[ImageData]):
     """Image classification. Pixels are shifted and scaled to mean 0 and variance 1 per channel of the training images.
 
-    Nothing in training or in a search reads the test images; ``score(model, "test")`` is for once, after the search.
-
     Args:
-        name: for reports and manifests.
-        load: gives the data; called at first use, in each process. Must pickle: a module's function or a ``partial``.
+        name, load, device: see :class:`~nasgraph.tasks.loaded.LoadedTask`.
         batch_size: most images of a training mini-batch; batches of an epoch are equally large, up to one image.
         shift: in training, move each image by up to so many pixels along each axis, what enters is black (0).
         flip: in training, mirror each image left to right with probability 1/2.
-        device: where the tensors live.
 
     Raises: ConfigError: ``batch_size`` is below 2 (BatchNorm needs two) or ``shift`` below 0.
     """
@@ -72,20 +64,11 @@ class ImageTask:
         for argument, value, least in (("batch_size", batch_size, 2), ("shift", shift, 0)):
             if not isinstance(value, int) or value < least:
                 raise ConfigError(f"{name}: {argument} is {value!r}, it must be a whole number of at least {least}")
-        self.name, self.load, self.device = name, load, torch.device(device)
-        self.batch_size, self.shift, self.flip = batch_size, shift, flip
+        super().__init__(name, load, batch_size, device)
+        self.shift, self.flip = shift, flip
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("name", "load", "device", "batch_size", "shift", "flip")
-        return {name: self.__dict__[name] for name in kept}
-
-    def __repr__(self) -> str:
-        return f"ImageTask({self.name!r}, device={str(self.device)!r})"
-
-    @cached_property
-    def data(self) -> ImageData:
-        """The images, on the task's device. Raises: DataError: they are missing or have the wrong form."""
-        return self.load().to(self.device)
+        return {name: value for name, value in super().__getstate__().items() if name not in ("sizes", "_scale")}
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -118,44 +101,23 @@ class ImageTask:
         mean, deviation = self._scale
         return (images.float() - mean) / deviation
 
-    def batches(self, split: str, size: int = SCORED) -> Batches:
-        """All images of ``"train"``, ``"val"`` or ``"test"`` in their order, in batches of up to ``size``."""
+    def batches(self, split: str) -> Batches:
+        """``"train"``, ``"val"`` or ``"test"`` in the images' own order; pixels are normalised batch by batch."""
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")
-        return Batches(self, getattr(self.data, f"{split}_x"), getattr(self.data, f"{split}_y"), size)
+        return Batches(self, getattr(self.data, f"{split}_x"), getattr(self.data, f"{split}_y"), SCORED)
+
+    def _of_split(self, split: str) -> Iterator[Batch]:
+        return iter(self.batches(split))
+
+    def epochs(self, seed: int) -> Batches:
+        """Training batches; order and augmentation depend on ``seed`` and the epoch's number only."""
+        return Batches(self, self.data.train_x, self.data.train_y, self.batch_size, seed, self.shift, self.flip)
 
     def batch(self, n: int, seed: int) -> Batch:
         """``n`` training images, or all, not augmented; the classes' counts differ by at most one where they last."""
         chosen = balanced(self.data.train_y, n, seed).to(self.device)
         return Batch((self.normalised(self.data.train_x[chosen]),), self.data.train_y[chosen])
-
-    def fit(self, model: nn.Module, settings: TrainSettings, seed: int) -> Fit:
-        """Train ``model`` in place; order and augmentation of an epoch depend on ``seed`` and the epoch's number only.
-
-        See :func:`nasgraph.training.train`.
-        """
-        drawn = Batches(self, self.data.train_x, self.data.train_y, self.batch_size, seed, self.shift, self.flip)
-        return train(model, drawn, self.batches("val"), settings, seed)
-
-    def score(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Accuracy (a fraction) and mean cross-entropy (nats) on one split, in evaluation mode."""
-        accuracy, loss = evaluate(model, self.batches(split))
-        return {"accuracy": accuracy, "loss": loss}
-
-    def fingerprint(self) -> str:
-        """SHA-256 over names, types, shapes and bytes of all tensors; the same on every device."""
-        digest = hashlib.sha256()
-        for name, tensor in self.data.__dict__.items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().cpu().numpy().data)
-        return digest.hexdigest()
-
-    def to(self, device: str | torch.device) -> ImageTask:
-        """The same task on ``device``; data already loaded is copied, not read again."""
-        moved = ImageTask(self.name, self.load, self.batch_size, self.shift, self.flip, device)
-        if "data" in self.__dict__:
-            moved.__dict__["data"] = self.data.to(device)
-        return moved
 
     def baseline(self) -> dict[str, float]:
         """What a logistic regression on the pixels reaches: the least a network has to beat.
@@ -166,7 +128,7 @@ class ImageTask:
         Returns: ``val_accuracy`` and ``test_accuracy`` (fractions) and ``weight_decay``.
         """
         plain = ImageTask(self.name, self.load)
-        plain.__dict__["data"] = self.data.to("cpu")
+        plain.__dict__["data"] = moved(self.data, "cpu")
         pixels, classes = math.prod(self.data.train_x.shape[1:]), self.sizes["classes"]
         best: dict[str, float] = {"val_accuracy": -1.0}
         for penalty in (1e-4, 1e-3, 1e-2, 1e-1):

@@ -66,7 +66,7 @@ class LoadedTask(ABC, Generic[Data]):
     def _of_split(self, split: str) -> Iterator[Batch]:
         """A split in batches, for scoring."""
 
-    def batches(self, split: str) -> list[Batch]:
+    def batches(self, split: str) -> Iterable[Batch]:
         """``"train"``, ``"val"`` or ``"test"`` in batches, as it is scored; made once."""
         if split not in SPLITS:
             raise ValueError(f"no split {split!r}: there are {', '.join(SPLITS)}")

@@ -144,11 +144,9 @@ def test_pixels_are_normalised_by_the_training_images() -> None:
 # ---- batches -------------------------------------------------------------------------------------------------------
 
 
-def epoch(task: ImageTask, **settings: Any) -> tuple[list[int], Tensor, Tensor]:
+def epoch(task: ImageTask, seed: int) -> tuple[list[int], Tensor, Tensor]:
     """Sizes, images and labels of one pass."""
-    from nasgraph.tasks.images import Batches
-
-    batches = list(Batches(task, task.data.train_x, task.data.train_y, task.batch_size, **settings))
+    batches = list(task.epochs(seed))
     images = torch.cat([batch.inputs[0] for batch in batches])
     return [len(b.target) for b in batches], images, torch.cat([batch.target for batch in batches])
 
@@ -164,10 +162,8 @@ def test_an_epoch_has_each_image_once_in_batches_of_equal_size() -> None:
 
 
 def test_every_epoch_has_its_own_order_and_a_seed_repeats_them(digits: ImageTask) -> None:
-    from nasgraph.tasks.images import Batches
-
     def labels(seed: int) -> list[list[int]]:
-        batches = Batches(digits, digits.data.train_x, digits.data.train_y, 32, seed, shift=1, flip=True)
+        batches = digits.epochs(seed)
         return [torch.cat([batch.target for batch in batches]).tolist() for _ in range(2)]
 
     first, again, other = labels(0), labels(0), labels(1)
@@ -197,9 +193,8 @@ def test_shifts_move_each_image_by_its_own_whole_pixels() -> None:
 
 
 def test_about_half_of_the_images_are_mirrored() -> None:
-    task = digits_images(batch_size=64, flip=True)
-    _, plain, _ = epoch(task, seed=0)
-    _, flipped, _ = epoch(task, seed=0, flip=True)
+    _, plain, _ = epoch(digits_images(batch_size=64), seed=0)
+    _, flipped, _ = epoch(digits_images(batch_size=64, flip=True), seed=0)
     same = (flipped == plain).flatten(1).all(1)
     mirrored = (flipped == plain.flip(-1)).flatten(1).all(1)
     assert (same | mirrored).all()
