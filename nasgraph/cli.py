@@ -1,4 +1,4 @@
-"""The command line: ``nasgraph search | resume | report | export | score | spaces | doctor``.
+"""The command line: ``nasgraph search | resume | report | export | score | rank | spaces | doctor``.
 
 What the user can mend costs one line and exit code 2. Nothing heavy is imported before a command needs it.
 """
@@ -131,6 +131,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--quiet", action="store_true", help="no progress display")
 
     sub = command(
+        "rank",
+        _rank,
+        "hold the ranking of a run's supernet against training alone, sizes and proxies",
+        "nasgraph rank results/cora_supernet -n 20\n"
+        "nasgraph rank results/cora_supernet -n 50 --score accuracy loss flatness --set train.epochs=100",
+    )
+    sub.add_argument("folder", type=Path, help="run folder")
+    sub.add_argument("-n", type=_positive, default=20, help="how many random architectures (default: 20)")
+    sub.add_argument("--seed", type=_count, default=0, help="of the architectures (default: 0)")
+    sub.add_argument("--truth", default="train", help="train: as the run's config trains (default); or module:function")
+    sub.add_argument("--score", nargs="+", default=["accuracy"], metavar="SCORE", help="accuracy, loss, flatness")
+    sub.add_argument("--proxy", nargs="+", default=["ntk_cond"], metavar="PROXY", help="proxies to stand beside")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="train.epochs=100, seeds=[0,1]")
+    sub.add_argument("--data-root", type=Path, metavar="DIR", help="folder of datasets (default: $NASGRAPH_DATA)")
+    sub.add_argument("--quiet", action="store_true", help="no progress display")
+
+    sub = command(
         "spaces",
         _spaces,
         "list the search spaces, or describe one",
@@ -211,6 +228,19 @@ def _score(options: argparse.Namespace) -> int:
     from nasgraph import search
 
     return search.score(settings, options.out, quiet=options.quiet)
+
+
+def _rank(options: argparse.Namespace) -> int:
+    from nasgraph import registry
+
+    for name in options.proxy:
+        registry.check("proxies", name)
+    from nasgraph.ranking import rank_run
+
+    overrides = [*options.set, *_overrides(argparse.Namespace(data_root=options.data_root))]
+    return rank_run(
+        options.folder, options.n, options.seed, options.truth, options.proxy, options.score, overrides, options.quiet
+    )
 
 
 def _spaces(options: argparse.Namespace) -> int:

@@ -434,3 +434,59 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- a run ------------------------------------------------------------------------------------------------------
+
+
+def rank_run(
+    folder: Path,
+    n: int,
+    seed: int = 0,
+    truth: str = "train",
+    proxies: Sequence[str] = ("ntk_cond",),
+    scores: Sequence[str] = ("accuracy",),
+    overrides: Sequence[str] = (),
+    quiet: bool = False,
+) -> int:
+    """Print the report of the supernet that the run in ``folder`` trained; write ``rank.csv`` and ``rank.json`` there.
+
+    Args:
+        truth: ``train``: each architecture is trained alone as the run's config says; or ``module:function``, a
+            function of an architecture.
+        overrides: ``key=value``, as of ``nasgraph search``; only ``train``, ``seeds`` and ``data_root`` matter here.
+
+    Returns: the exit code. Raises: ConfigError: the run has no supernet, or it is not trained yet.
+    """
+    import torch
+
+    from nasgraph import config, pretraining, workers
+    from nasgraph.console import Display
+    from nasgraph.run import SUPERNET, Run
+
+    run = Run.open(folder)
+    if run.config.supernet is None:
+        raise ConfigError(f"{folder} has no supernet, so no ranking to judge: its config has no section supernet")
+    if "supernet" not in run.facts:
+        raise ConfigError(f"the supernet of {folder} is not trained yet: nasgraph resume {folder}")
+    settings = config.parse(config.override(run.facts["config"], overrides), str(folder))
+    torch.set_num_threads(settings.threads)
+    display = Display(quiet)
+    made = workers.parts(settings)
+    run.check("space", made.space.fingerprint())
+    run.check("task", made.task.fingerprint())
+    pretraining.check(folder / SUPERNET, run.facts["supernet"]["sha256"])
+    supernet = pretraining.load(settings, made.space, made.task, folder / SUPERNET)
+    if truth == "train":
+        judge: Truth = stand_alone(made.space, made.task, made.settings, settings.seeds)
+    else:
+        judge = registry.resolve("objectives", truth)
+    with display.phase("rank", n) as phase:
+        report = rank_report(
+            supernet, judge, n=n, seed=seed, proxies=proxies, scores=scores,
+            training_seconds=run.facts["seconds"].get("supernet"), on_architecture=lambda *_: phase.advance(),
+        )  # fmt: skip
+    print(report)
+    for path in (report.to_csv(folder / "rank.csv"), report.to_json(folder / "rank.json")):
+        print(f"written: {path}")
+    return 0

@@ -33,6 +33,7 @@ from nasgraph.training.shared import train_shared
 from nasgraph.variants import chosen, options, variants
 
 if TYPE_CHECKING:
+    from nasgraph.ranking import RankReport
     from nasgraph.tasks.base import Task
     from nasgraph.tasks.batch import Batch
 
@@ -180,6 +181,12 @@ class Supernet:
             model = self.subnet(architecture) if plain else self.calibrated(architecture, samples)
             scores.append(self.task.score(model, split)["accuracy"])
         return scores
+
+    def rank_report(self, truth: Callable[[Architecture], float], *args: Any, **kwargs: Any) -> RankReport:
+        """Hold the ranking of :meth:`evaluate` against ``truth``: see :func:`nasgraph.ranking.rank_report`."""
+        from nasgraph.ranking import rank_report
+
+        return rank_report(self, truth, *args, **kwargs)
 
     # ---- training -------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import pytest
 import scipy.stats
 
 from nasgraph.build import build
+from nasgraph.cli import main
 from nasgraph.errors import ConfigError, NotFinite
 from nasgraph.ranking import RankReport, kendall, rank_report, ranked, stand_alone, top_overlap
 from nasgraph.search_spaces.gnn_node import gnn_node
@@ -256,3 +257,69 @@ def test_bad_input(supernet: Supernet) -> None:
         rank_report(supernet, size(supernet), n=4, proxies=("ntk_con",))
     with pytest.raises(ConfigError, match="needs at least 3"):
         rank_report(supernet, size(supernet), n=2, proxies=())
+
+
+# ---- a run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with a small supernet of digits."""
+    folder = tmp_path_factory.mktemp("rank")
+    values = {
+        "space": {"name": "gnn_node", "layers": 2, "widths": [8, 16]},
+        "task": "digits_knn",
+        "supernet": {"policy": "uniform", "epochs": 3},
+        "train": {"epochs": 2},
+        "search": {"score": "supernet", "sampler": "random", "trials": 3, "workers": 0, "baseline": False},
+        "final": {"top": 1, "seeds": 1},
+        "export": ["safetensors"],
+    }
+    (folder / "small.yaml").write_text(json.dumps(values), encoding="utf-8")
+    assert main(["search", str(folder / "small.yaml"), "--out", str(folder / "run"), "--quiet"]) == 0
+    return folder / "run"
+
+
+def test_the_command_ranks_the_supernet_of_a_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rank", str(run), "-n", "4", "--proxy", "grad_norm", "--quiet"]) == 0
+    said = capsys.readouterr().out
+    assert "Best proxy in hindsight: grad_norm" in said and "Supernet's training: not known" not in said
+    about = json.loads((run / "rank.json").read_text())
+    assert about["n"] == 4 and about["training_seconds"] > 0
+    with (run / "rank.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    task = digits_knn()
+    supernet = Supernet.load(run / "supernet", gnn_node(**task.sizes, layers=2, widths=(8, 16)), task)
+    architectures = [Architecture.from_json(line["architecture"]) for line in lines]
+    assert [float(line["accuracy"]) for line in lines] == supernet.evaluate(architectures)
+    truth = stand_alone(supernet.space, task, TrainSettings(epochs=2))
+    assert float(lines[0]["truth"]) == truth(architectures[0])
+
+
+def test_the_truth_may_be_a_function_of_ones_own(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_truth.py").write_text("def width(architecture):\n    return float(architecture['width'])\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["rank", str(run), "-n", "6", "--truth", "my_truth:width", "--quiet"]) == 0
+    assert set(json.loads((run / "rank.json").read_text())) >= {"rows", "training_seconds"}
+    with (run / "rank.csv").open(newline="") as file:
+        for line in csv.DictReader(file):
+            assert float(line["truth"]) == json.loads(line["architecture"])["width"]
+
+
+def test_a_run_without_a_supernet_is_one_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads((run / "manifest.json").read_text())
+    for change, words in (
+        (lambda facts: facts.pop("supernet"), "is not trained yet: nasgraph resume"),
+        (lambda facts: facts["config"].update(supernet=None, search={"trials": 3}), "has no section supernet"),
+    ):
+        change(facts)
+        (tmp_path / "manifest.json").write_text(json.dumps(facts))
+        assert main(["rank", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1
+    assert main(["rank", str(tmp_path / "nowhere")]) == 2
+    assert main(["rank", str(run), "--proxy", "ntk_con"]) == 2
+    assert "Did you mean 'ntk_cond'" in capsys.readouterr().err
