@@ -48,6 +48,13 @@ def save(supernet: Supernet, folder: str | os.PathLike[str]) -> Path:
                 else:
                     plain.setdefault(str(index), {})[name] = value
         optimizer = {"settings": asdict(supernet.settings), "plain": plain}
+    policy: tuple[str, dict[str, Any]] | None = None
+    if supernet.policy_state is not None:
+        name, learned = supernet.policy_state
+        policy = name, {key: value for key, value in learned.items() if not isinstance(value, torch.Tensor)}
+        tensors |= {
+            f"policy/{key}": learned[key].detach().cpu().contiguous() for key in learned if key not in policy[1]
+        }
     data = to_bytes(tensors)
     sha256 = hashlib.sha256(data).hexdigest()
     about: dict[str, Any] = {
@@ -59,7 +66,7 @@ def save(supernet: Supernet, folder: str | os.PathLike[str]) -> Path:
         "seed": supernet.seed,
         "step": supernet.step,
         "optimizer": optimizer,
-        "policy": supernet.policy_state,
+        "policy": policy,
         "tensors": f"{sha256[:32]}.safetensors",
         "sha256": sha256,
     }
@@ -101,7 +108,7 @@ def load(folder: str | os.PathLike[str], space: SearchSpace, task: Task | None =
     tensors = from_bytes(data)
     supernet = Supernet(space, task, about["seed"])
     expected = {json.dumps(key): tuple(parameter.shape) for key, parameter in supernet.store.items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("optimizer/")}
+    found = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith(("optimizer/", "policy/"))}
     if expected != found:
         wrong = min(set(expected.items()) ^ set(found.items()))[0]
         raise SpaceError(f"checkpoint {place} does not fit this version of the operations: {wrong} differs; train anew")
@@ -109,7 +116,10 @@ def load(folder: str | os.PathLike[str], space: SearchSpace, task: Task | None =
         for key, parameter in supernet.store.items():
             parameter.copy_(tensors[json.dumps(key)])
     supernet.step = about["step"]
-    supernet.policy_state = tuple(about["policy"]) if about["policy"] else None
+    if about["policy"]:
+        name, learned = about["policy"]
+        learned |= {key[len("policy/") :]: tensor for key, tensor in tensors.items() if key.startswith("policy/")}
+        supernet.policy_state = (name, learned)
     if about["optimizer"] is not None:
         supernet.settings = TrainSettings(**about["optimizer"]["settings"])
         supernet.optimizer = _optimizer(list(supernet.parameters()), supernet.settings)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 import random
@@ -30,7 +31,11 @@ from nasgraph.ops import add
 from nasgraph.pareto import Direction
 from nasgraph.space import Architecture, Call, Choice, Op, SearchSpace
 from nasgraph.study import Study, TrialRecord
+from nasgraph.supernet import Supernet
 from nasgraph.tasks.batch import Batch
+from nasgraph.tasks.node import NodeData, NodeTask
+from nasgraph.training import TrainSettings
+from nasgraph.training.policies import Policy
 
 CONVOLUTIONS = ("gat", "gatv2", "gcn", "gin", "cheb", "sage-mean", "sage-max", "arma", "graph", "gen", "pna", "fc")
 
@@ -279,6 +284,102 @@ def _rate_or_fail(arch: Mapping[str, Any]) -> Scored:
 def _what_was_found(records: Sequence[TrialRecord]) -> list[Any]:
     """All of the records but the wall clock."""
     return [(r.number, r.state, r.arch, r.key, r.values, r.reason, r.reused) for r in records]
+
+
+class PolicyExam:
+    """What every path policy must do: draw from (seed, step) alone, stay in the space, teach, go on from a checkpoint.
+
+    ``make(space, supernet, steps)`` returns a policy for a training of ``steps`` updates.
+    """
+
+    make: ClassVar[Callable[[SearchSpace, Supernet, int], Policy]]
+    steps: ClassVar[int] = 6
+
+    def made(self, steps: int | None = None) -> tuple[Supernet, Policy]:
+        """A new supernet of a small conditional space with a constraint, and a policy for it."""
+        supernet = Supernet(_elastic_space(), NodeTask("exam", _two_classes))
+        return supernet, type(self).make(supernet.space, supernet, steps or self.steps)
+
+    def drawn(self, policy: Policy, step: int, seed: int = 0) -> list[Architecture]:
+        """What the policy trains in ``step``."""
+        found = policy.sample(step, random.Random(f"paths/{seed}/{step}"))
+        return [path if isinstance(path, Architecture) else path.architecture for path in found]
+
+    def test_paths_are_architectures_of_the_space(self) -> None:
+        supernet, policy = self.made()
+        for step in range(self.steps):
+            found = self.drawn(policy, step)
+            assert found, "a step trains at least one architecture"
+            for arch in found:
+                assert supernet.space.architecture(arch) == arch
+                assert supernet.space.violated(arch) == []
+
+    def test_paths_depend_on_seed_and_step(self) -> None:
+        (_, policy), (_, again), (_, late) = self.made(), self.made(), self.made()
+        state, numbers = random.getstate(), torch.random.get_rng_state()
+        first = [self.drawn(policy, step) for step in range(self.steps)]
+        random.seed(1)
+        assert [self.drawn(again, step) for step in range(self.steps)] == first
+        assert self.drawn(late, self.steps - 1) == first[-1], "a step must not depend on the draws before it"
+        random.setstate(state)
+        assert torch.equal(torch.random.get_rng_state(), numbers), "the global random number generator was used"
+
+    def test_the_state_round_trips(self) -> None:
+        supernet, policy = self.made()
+        supernet.train(policy, self.steps - 1)
+        _, other = self.made()
+        tensors = {name: value for name, value in policy.state().items() if isinstance(value, Tensor)}
+        plain = {name: value for name, value in policy.state().items() if name not in tensors}
+        other.load({**json.loads(json.dumps(plain)), **tensors})
+        again = other.state()
+        assert again.keys() == policy.state().keys()
+        assert json.dumps({name: again[name] for name in plain}) == json.dumps(plain)
+        assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+        for seed in range(5):
+            assert self.drawn(other, self.steps - 1, seed) == self.drawn(policy, self.steps - 1, seed)
+
+    def test_a_resumed_training_has_the_same_bits(self, tmp_path: Path) -> None:
+        whole, policy = self.made()
+        history = whole.train(policy, self.steps)
+        part, policy = self.made()
+        first = part.train(policy, self.steps // 2, checkpoint=tmp_path)
+        resumed = Supernet.load(tmp_path, _elastic_space(), part.task)
+        last = resumed.train(type(self).make(resumed.space, resumed, self.steps), self.steps)
+        assert first + last == history
+        assert all(torch.equal(whole.store[key], resumed.store[key]) for key in whole.store)
+
+    def test_training_teaches(self) -> None:
+        supernet, policy = self.made(60)
+        rng = random.Random(0)
+        archs = [supernet.space.sample(rng) for _ in range(10)]
+        before = sum(supernet.evaluate(archs))
+        supernet.train(policy, 60, settings=TrainSettings(lr=0.03), reduction="mean")
+        assert sum(supernet.evaluate(archs)) > before
+
+
+def _elastic_space() -> SearchSpace:
+    """Two layers or one, of elastic width, each with a choice of operations; one pair of operations is forbidden."""
+    space = SearchSpace("exam")
+    node = space.input("x", torch.zeros(4, 6), dynamic={0: "nodes"})
+    space.input("edge_index", torch.tensor([[0, 1], [1, 0]]), dynamic={1: "edges"})
+    ends: dict[str, Any] = {}
+    for i in (1, 2):
+        width = Choice(f"width{i}", [4, 8, 16], ordered=True)
+        kind = Choice(f"kind{i}", {"relu": Op(nn.ReLU), "prelu": Op(nn.PReLU), "norm": Op(nn.BatchNorm1d)})
+        node = space.add(f"kind{i}", kind, space.add(f"linear{i}", Op(nn.Linear, out_features=width), node))
+        ends[str(i)] = node
+    node = space.add("drop", Op(nn.Dropout, p=Choice("rate", [0.0, 0.2], ordered=True)), Choice("depth", ends))
+    space.output(space.add("head", Op(nn.Linear, out_features=2), node))
+    space.constrain("not normalised twice", lambda arch: arch["kind1"] != "norm" or arch.get("kind2") != "norm")
+    return space
+
+
+def _two_classes() -> NodeData:
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(60) % 2
+    x = torch.randn(60, 6, generator=generator) + y[:, None]
+    nodes = torch.arange(60)
+    return NodeData(x, torch.stack([nodes, nodes.roll(1)]), y, nodes[:30], nodes[30:50], nodes[50:])
 
 
 class SpaceExam:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from scipy.stats import chi2
 from torch import nn
 
-from nasgraph.errors import SpaceError
+from nasgraph import registry
+from nasgraph.errors import ConfigError, SpaceError
 from nasgraph.search_spaces.gnn_node import gnn_node
 from nasgraph.search_spaces.nasbench201 import cell_space
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
+from nasgraph.testing import PolicyExam
 from nasgraph.training.policies import Fair, Path, Policy, Sandwich, Uniform, extremes
 
 
@@ -121,3 +124,39 @@ def test_a_sandwich_of_unknown_labels_is_refused() -> None:
         Sandwich(widths(), {"width": 3}, {})
     with pytest.raises(SpaceError, match="no option 3"):
         Sandwich(widths(), {}, {"first": 3})
+
+
+# ---- the exam of each ----------------------------------------------------------------------------------------------
+
+
+def exam(name: str, **arguments: Any) -> type[PolicyExam]:
+    def make(space: SearchSpace, supernet: Supernet, steps: int) -> Policy:
+        offered = {"space": space, "supernet": supernet, "steps": steps}
+        made: Policy = registry.make("policies", name, arguments, offered)
+        return made
+
+    return type("Test", (PolicyExam,), {"make": staticmethod(make)})
+
+
+class TestUniform(exam("uniform")): ...  # type: ignore[misc]
+
+
+class TestFair(exam("fair")): ...  # type: ignore[misc]
+
+
+class TestSandwich(exam("sandwich")): ...  # type: ignore[misc]
+
+
+class TestSandwichAlpha(exam("sandwich", distill="alpha", n=1)): ...  # type: ignore[misc]
+
+
+class TestProgressive(exam("progressive")): ...  # type: ignore[misc]
+
+
+class TestNested(exam("nested")): ...  # type: ignore[misc]
+
+
+class TestBins(exam("bins", every=2, pool=60, bins=4)): ...  # type: ignore[misc]
+
+
+class TestImportance(exam("importance", reweight=True)): ...  # type: ignore[misc]

@@ -14,9 +14,27 @@ shows all policies and how to write one.
 """
 
 from nasgraph.training.policies.base import Key, Path, Policy, Step
+from nasgraph.training.policies.bins import Bins
 from nasgraph.training.policies.fair import Fair
+from nasgraph.training.policies.importance import Importance
+from nasgraph.training.policies.nested import Nested
+from nasgraph.training.policies.progressive import Progressive
 from nasgraph.training.policies.sandwich import Sandwich
 from nasgraph.training.policies.sizes import by_size, extremes
 from nasgraph.training.policies.uniform import Uniform
 
-__all__ = ["Fair", "Key", "Path", "Policy", "Sandwich", "Step", "Uniform", "by_size", "extremes"]
+__all__ = [
+    "Bins",
+    "Fair",
+    "Importance",
+    "Key",
+    "Nested",
+    "Path",
+    "Policy",
+    "Progressive",
+    "Sandwich",
+    "Step",
+    "Uniform",
+    "by_size",
+    "extremes",
+]
