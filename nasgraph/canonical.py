@@ -93,6 +93,7 @@ def _table() -> dict[str, Rule]:
             Traits(keeps_zero=True, keeps_shape=True, pure=True, commutative=True, associative=True)
         ),
         "nasgraph.ops.concat": _always(Traits(keeps_zero=True, pure=True, associative=True)),
+        "nasgraph.ops.SparseDropout": _dropout,
         "torch.nn.Identity": _always(Traits(identity=True, keeps_zero=True, keeps_shape=True, pure=True)),
         "torch.nn.PReLU": _always(Traits(keeps_zero=True, keeps_shape=True)),
         "torch.nn.RMSNorm": _always(Traits(keeps_zero=True, keeps_shape=True)),

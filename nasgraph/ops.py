@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -11,6 +12,22 @@ class Zero(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.zeros_like(x)
+
+
+class SparseDropout(nn.Dropout):
+    """Dropout of features that are mostly zero: draws for the other entries only, so it is quicker on a CPU.
+
+    The distribution is that of ``nn.Dropout``, since a zero stays zero either way. It is ``nn.Dropout`` itself for
+    features that are not on a CPU, that need a gradient, or of which more than a quarter are not zero.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not input.is_cpu or input.requires_grad:
+            return super().forward(input)
+        where = input.nonzero(as_tuple=True)
+        if 4 * len(where[0]) > input.numel():
+            return super().forward(input)
+        return torch.zeros_like(input).index_put(where, F.dropout(input[where], self.p))
 
 
 def add(first: Tensor, *rest: Tensor) -> Tensor:

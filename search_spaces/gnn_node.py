@@ -22,7 +22,7 @@ from torch_geometric.nn import (
 )
 
 from nasgraph.errors import SpaceError
-from nasgraph.ops import add, concat, maximum
+from nasgraph.ops import SparseDropout, add, concat, maximum
 from nasgraph.search_spaces.inputs import graph_inputs
 from nasgraph.space import Call, Choice, Label, Node, Op, SearchSpace
 
@@ -164,7 +164,7 @@ def gnn_node(
     residual = Choice("residual", {"none": Op(nn.Identity), "add": Call(add)})
     jump = Choice("jump", {"last": Op(nn.Identity), "cat": Call(concat), "max": Call(maximum)})
 
-    h = space.add("input_dropout", Op(nn.Dropout, p=Choice("input_dropout", list(RATES), ordered=True)), x)
+    h = space.add("input_dropout", Op(SparseDropout, p=Choice("input_dropout", list(RATES), ordered=True)), x)
     read: dict[str, Node] = {}  # by depth: what the head reads
     for i in range(1, layers + 1):
         before = h
