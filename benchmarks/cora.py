@@ -2,9 +2,10 @@
 
     NASGRAPH_DATA=~/data python benchmarks/cora.py results/cora
 
-Runs ``configs/cora.yaml`` into the folder if it holds no run yet. The search's model and the random search's are the
-best of each on validation; each is trained from 5 seeds and tested once per seed. GCN and GAT are the members of the
-same space with the settings of their papers, trained by the same loop from 5 seeds.
+Runs ``configs/cora.yaml`` into the folder if it holds no run yet. Finalists (of the search: the exported models; of the
+random search: as many, its best on validation) are trained from 5 fresh starts each; the one with the highest mean
+validation accuracy is chosen, and its mean test accuracy is what the table shows. GCN, GAT and APPNP are the members of
+the same space with the settings of their papers, trained by the same loop from 5 seeds.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from nasgraph.config import load
 from nasgraph.run import Run
 from nasgraph.search_spaces.gnn_node import LITERATURE
 from nasgraph.training import TrainSettings
-from nasgraph.workers import parts
+from nasgraph.workers import Worker, parts
 
 SEEDS = range(5)
 PUBLISHED = {  # network of the literature -> settings of its paper, published mean test accuracy
     "gcn": (TrainSettings(epochs=200, lr=0.01, weight_decay=5e-4, patience=200), "81.5 (Kipf & Welling, 2017)"),
     "gat": (TrainSettings(epochs=300, lr=0.005, weight_decay=5e-4, patience=100), "83.0 (Velickovic et al., 2018)"),
+    "appnp": (TrainSettings(epochs=300, lr=0.01, weight_decay=5e-4, patience=100), "83.3 (Gasteiger et al., 2019)"),
 }
 
 
@@ -36,7 +38,7 @@ def main(folder: Path) -> None:
     if not (folder / "manifest.json").exists():
         search.start(settings, folder)
     run = Run.open(folder)
-    made = parts(run.config)
+    made, chosen = parts(run.config), {}
     seconds = run.facts["seconds"]
     phases = ", ".join(f"{name} {seconds[name]:.0f} s" for name in ("screen", "search", "random", "final"))
     print("# Cora: test accuracy, public split\n")
@@ -46,13 +48,21 @@ def main(folder: Path) -> None:
     )
     print("| network | chosen by | params | val, mean | test, mean ± std of 5 seeds | published test mean |")
     print("|---|---|---|---|---|---|")
-    for name, record in (("search", run.front()[0]), ("random search", run.best("random"))):
-        assert record is not None
-        found = run.finals[record.key].values
+    finish = Worker(run.config)
+    drawn = sorted((r for r in run.records("random") if r.state == "scored"), key=lambda r: -r.values["val_accuracy"])
+    for name, finalists in (("search", run.chosen()), ("random search", drawn[: run.config.final.top])):
+        found = []
+        for record in finalists:
+            payload = {"architecture": dict(record.arch), "folder": None, "metadata": {}}
+            done = run.finals.get(record.key) or finish(("finish", payload))
+            if done.values:
+                found.append((done.values["val_accuracy_mean"], record, done.values))
+        _, record, values = max(found, key=lambda item: item[0])
+        chosen.setdefault(name, record)
         print(
             f"| {name} `{record.key[:11]}` | validation | {record.values['params']:,.0f} "
-            f"| {100 * found['val_accuracy_mean']:.1f} "
-            f"| {100 * found['test_accuracy_mean']:.2f} ± {100 * found['test_accuracy_std']:.2f} | |"
+            f"| {100 * values['val_accuracy_mean']:.1f} "
+            f"| {100 * values['test_accuracy_mean']:.2f} ± {100 * values['test_accuracy_std']:.2f} | |"
         )
     for name, (training, published) in PUBLISHED.items():
         arch = made.space.architecture(LITERATURE[name])
@@ -67,8 +77,7 @@ def main(folder: Path) -> None:
             f"| {name} | paper | {count:,} | {statistics.mean(val):.1f} "
             f"| {statistics.mean(test):.2f} ± {statistics.pstdev(test):.2f} | {published} |"
         )
-    chosen = run.front()[0]
-    print(f"\nThe search's choice: `{chosen.arch.to_json()}`")
+    print(f"\nThe search's choice: `{chosen['search'].arch.to_json()}`")
 
 
 if __name__ == "__main__":
