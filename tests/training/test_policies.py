@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +21,31 @@ from nasgraph.search_spaces.nasbench201 import cell_space
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
 from nasgraph.testing import PolicyExam
-from nasgraph.training.policies import Fair, Path, Policy, Sandwich, Uniform, extremes
+from nasgraph.training import policies
+from nasgraph.training.distill import adaptive_alpha, kl
+from nasgraph.training.policies import (
+    Bins,
+    Fair,
+    Importance,
+    Nested,
+    Policy,
+    Progressive,
+    Sandwich,
+    Uniform,
+    by_size,
+    extremes,
+)
+
+_spec = importlib.util.spec_from_file_location("supernet_spaces", Path(__file__).parents[1] / "supernet_spaces.py")
+assert _spec is not None and _spec.loader is not None
+_spaces = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_spaces)
+small_cnn: Callable[..., SearchSpace] = _spaces.small_cnn
 
 
 def drawn(policy: Policy, step: int, seed: int = 0) -> list[Architecture]:
     found = policy.sample(step, random.Random(f"{seed}/{step}"))
-    return [path.architecture if isinstance(path, Path) else path for path in found]
+    return [path.architecture if isinstance(path, policies.Path) else path for path in found]
 
 
 def steps(policy: Policy, n: int, seed: int = 0) -> Iterator[list[Architecture]]:
@@ -160,3 +181,353 @@ class TestBins(exam("bins", every=2, pool=60, bins=4)): ...  # type: ignore[misc
 
 
 class TestImportance(exam("importance", reweight=True)): ...  # type: ignore[misc]
+
+
+# ---- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def test_sizes_are_in_order() -> None:
+    """``groups`` makes a network smaller, and exists in one of two operations only."""
+    space = SearchSpace("groups")
+    x = space.input("x", torch.zeros(2, 4, 3, 3), {0: "batch"})
+    groups = Choice("groups", [1, 2, 4], ordered=True)
+    conv = Choice("conv", {"full": Op(nn.Conv2d, out_channels=4, kernel_size=1), "grouped": grouped(groups)})
+    space.output(space.add("conv", conv, x))
+    size = Supernet(space).params
+    assert by_size(space, size) == {"groups": (4, 2, 1)}
+    assert extremes(space, size) == ({"groups": 1}, {"groups": 4})
+
+
+def grouped(groups: Choice) -> Op:
+    return Op(nn.Conv2d, out_channels=4, kernel_size=1, groups=groups)
+
+
+def test_extremes_keep_constraints() -> None:
+    space = widths()
+    space.constrain("small", lambda arch: arch["first"] != 16)
+    largest, _ = extremes(space, Supernet(space).params)
+    assert largest["first"] == 8
+
+
+def test_a_sandwich_needs_sizes() -> None:
+    with pytest.raises(ConfigError, match="sandwich needs the supernet, or both largest and smallest"):
+        Sandwich(widths(), largest={"first": 16})
+
+
+def test_a_sandwich_distils_as_asked() -> None:
+    space = widths()
+    supernet, rng = Supernet(space), random.Random(0)
+    for name, divergence in (("kl", kl), ("alpha", adaptive_alpha)):
+        first, *others = Sandwich(space, supernet=supernet, distill=name).sample(0, rng)
+        assert (first.hard, first.soft) == (1, 0)
+        assert {(path.hard, path.soft, path.teacher, path.divergence) for path in others} == {(0, 1, 0, divergence)}
+    hard = Sandwich(space, supernet=supernet, distill="none").sample(0, rng)
+    assert len(hard) == 4 and {(path.hard, path.soft) for path in hard} == {(1, 0)}
+    with pytest.raises(ConfigError, match="unknown distillation 'alfa'"):
+        Sandwich(space, supernet=supernet, distill="alfa")
+
+
+# ---- progressive ----------------------------------------------------------------------------------------------------
+
+
+def test_stages_open_what_changes_least_first() -> None:
+    """``second`` is inside ``depth``; the oracle of the order are the sizes of the networks themselves."""
+    space = widths()
+    supernet = Supernet(space)
+    policy = Progressive(space, supernet, steps=40)
+    largest = {"first": 16, "second": 8, "depth": "2", "act": "ReLU", "rate": 0.0}
+    size = {
+        name: supernet.params(space.architecture({**largest, name: least}))
+        for name, least in {"first": 4, "second": 4, "depth": "1"}.items()
+    }
+    opened = [
+        {name for name in after if len(after[name]) > len(before[name])}
+        for before, after in zip(policy.allowed, policy.allowed[1:], strict=False)
+    ]
+    assert opened == [{name} for name in sorted(size, key=size.__getitem__, reverse=True)]
+    assert policy.starts == [10, 20, 30] and [policy.stage(step) for step in (0, 9, 10, 39)] == [0, 0, 1, 3]
+    assert all(len(policy.allowed[-1][name]) == len(space.choices[name].labels) for name in size)
+
+
+def test_stages_by_hand() -> None:
+    space = small_cnn()
+    stages = [["kernel*"], {"depth": ["2"]}, {"depth": ["1"], "width?": [4]}]
+    policy = Progressive(space, Supernet(space), steps=100, stages=stages, starts=[5, 50, 60], kd_ratio=0)
+    names = {0: set(), 1: {"kernel"}, 2: {"kernel", "depth"}, 3: {"kernel", "depth", "width"}}
+    seen: dict[int, set[str]] = {stage: set() for stage in names}
+    for step in range(100):
+        for arch in drawn(policy, step):
+            stage = policy.stage(step)
+            assert stage > 1 or arch["depth"] == "3"
+            assert stage != 2 or arch["depth"] in "23"
+            seen[stage] |= {name.rstrip("123") for name, label in arch.items() if label != LARGEST.get(name, label)}
+    assert seen == names  # the norms are free: no size, and in no stage
+
+
+LARGEST = {**{f"kernel{i}": 5 for i in (1, 2, 3)}, **{f"width{i}": 8 for i in (1, 2, 3)}, "depth": "3"}
+
+
+def test_the_first_stage_trains_the_largest() -> None:
+    space = small_cnn()
+    supernet = Supernet(space)
+    norms = {f"norm{i}": "group" for i in (1, 2, 3)}  # as many parameters as "batch"
+    most = supernet.params(space.architecture({**norms, **LARGEST}))
+    for (arch,) in steps(Progressive(space, supernet, steps=400), 50):
+        assert supernet.params(arch) == most
+
+
+def test_the_teacher_is_frozen_as_the_first_stage_ends() -> None:
+    exam_ = TestProgressive()
+    supernet, policy = exam_.made(8)
+    assert isinstance(policy, Progressive)
+    first = policy.starts[0]
+    supernet.train(policy, first)
+    (largest, _), batch = extremes(supernet.space, supernet.params), supernet.task.batch(100, 0)
+    archs = [arch for arch in map(Architecture, supernet.space.enumerate()) if largest.items() <= arch.items()]
+    expected = {arch: batch.outputs(supernet.calibrated(arch)).detach() for arch in archs}
+    supernet.train(policy, 8)
+    paths = policy.sample(7, random.Random(0))
+    assert len(paths) == 2 and {(path.hard, path.soft) for path in paths} == {(1, 1)}
+    teacher, state = paths[0].teacher, policy.state()
+    assert isinstance(teacher, nn.Module) and not teacher.training and paths[1].teacher is teacher
+    assert torch.equal(batch.outputs(teacher), expected[Architecture(state["teacher"])])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"stages": [["kernal1"]]}, "a stage names 'kernal1'.*Did you mean 'kernel1'"),
+        ({"stages": ["kernel1"]}, "stage 'kernel1' is a text"),
+        ({"stages": [["norm1"]]}, "no option of 'norm1' makes a network larger"),
+        ({"stages": [{"kernel1": [7]}]}, "no option 7"),
+        ({"starts": [3]}, "give 3 steps that ascend"),
+        ({"kd_ratio": -1.0}, "kd_ratio is -1.0"),
+    ],
+)
+def test_bad_stages_are_refused(arguments: dict[str, Any], message: str) -> None:
+    space = small_cnn()
+    with pytest.raises((ConfigError, SpaceError), match=message):
+        Progressive(space, Supernet(space), steps=10, **arguments)
+
+
+def test_stages_that_no_architecture_meets_are_refused() -> None:
+    """Once-for-All's own search loops for ever on constraints that cannot be met."""
+    space = widths()
+    space.constrain("not both", lambda arch: arch["first"] == 4)
+    policy = Progressive(space, Supernet(space), 10, stages=[["second"], {"first": [16]}])
+    assert policy.allowed[0]["first"] == (4,)  # the largest that there is
+    policy.allowed[0]["first"] = (16,)
+    with pytest.raises(SpaceError, match="no architecture of stage 1 met the constraints"):
+        policy.sample(0, random.Random(0))
+
+
+# ---- nested ---------------------------------------------------------------------------------------------------------
+
+
+def test_nested_subnets_are_nested() -> None:
+    """Each stored entry that a smaller subnet of a step reads, a larger one reads too."""
+    space = small_cnn(channels=(2, 4, 6, 8))
+    supernet = Supernet(space)
+    policy = Nested(space, supernet, n=3)
+    assert policy.levels == 4
+    for found in steps(policy, 20):
+        entries = [read(supernet, arch) for arch in sorted(found, key=supernet.params)]
+        assert len(found) == 3 and [len(each) for each in entries] == sorted({len(each) for each in entries})
+        assert entries[0] < entries[1] < entries[2]
+
+
+def read(supernet: Supernet, arch: Architecture) -> set[tuple[Any, int]]:
+    """The entries of the store that get a gradient."""
+    found: set[tuple[Any, int]] = set()
+    for parameter in supernet.parameters():
+        parameter.grad = None
+    sum(slice_.sum() for slice_ in supernet.subnet(arch).slices().values()).backward()  # type: ignore[union-attr]
+    for key, parameter in supernet.store.items():
+        if parameter.grad is not None:
+            found |= {(key, i) for i in parameter.grad.flatten().nonzero().flatten().tolist()}
+    return found
+
+
+def test_nested_levels_are_ratios_and_equally_likely() -> None:
+    space = widths()  # 3, 2 and 2 labels
+    policy = Nested(space, Supernet(space), n=1, levels=3)
+    found = Counter((arch["first"], arch["depth"]) for (arch,) in steps(policy, 900))
+    assert set(found) == {(4, "1"), (8, "2"), (16, "2")}  # half way of two labels is the larger
+    assert sum((count - 300) ** 2 / 300 for count in found.values()) < chi2.isf(1e-4, 2)
+    (largest,) = drawn(Nested(space, Supernet(space), levels=1), 0)
+    assert (largest["first"], largest["second"], largest["depth"]) == (16, 8, "2")
+
+
+def test_nested_needs_an_order_of_labels() -> None:
+    with pytest.raises(ConfigError, match="nested needs the supernet"):
+        Nested(widths())
+    with pytest.raises(SpaceError, match="no option 5"):
+        Nested(widths(), order={"first": [5, 8]})
+
+
+# ---- bins -----------------------------------------------------------------------------------------------------------
+
+
+def dice() -> SearchSpace:
+    """Eight equal layers of which each may be wide: under uniform choices the costs are binomial."""
+    space = SearchSpace("dice")
+    node = space.input("x", torch.zeros(2, 1), {0: "batch"})
+    for i in range(8):
+        hidden = Choice(f"hidden{i}", [1, 2, 3], ordered=True)
+        node = space.add(f"wide{i}", Op(nn.Linear, out_features=hidden), node)
+        node = space.add(f"back{i}", Op(nn.Linear, out_features=1), node)
+    space.output(node)
+    return space
+
+
+def test_bins_flatten_the_costs() -> None:
+    space = dice()
+    supernet = Supernet(space)
+    policy = Bins(space, supernet, bins=5, pool=400, every=0)
+    edges = [min(map(supernet.params, policy.members[0])), max(map(supernet.params, policy.members[-1]))]
+    assert edges == [8 * 4, 8 * 10]  # both ends of the space
+
+    def histogram(of: Policy) -> list[int]:
+        counts = [0] * 5
+        for (arch,) in steps(of, 1000):
+            counts[min(4, int(5 * (supernet.params(arch) - edges[0]) / (edges[1] - edges[0])))] += 1
+        return counts
+
+    def statistic(counts: list[int]) -> float:
+        return sum((count - 200) ** 2 / 200 for count in counts)
+
+    assert statistic(histogram(policy)) < chi2.isf(1e-4, 4)
+    assert statistic(histogram(Uniform(space))) > 10 * chi2.isf(1e-4, 4)
+
+
+def test_bins_that_lag_are_drawn_more() -> None:
+    space = dice()
+    policy = Bins(space, Supernet(space), bins=4, pool=200, shift=0.5)
+    assert policy.probabilities() == [0.25] * 4
+    policy.losses = [1.0, 0.5, 0.5, None]
+    assert policy.probabilities() == [0.25] * 4  # not measured yet
+    policy.losses = [1.5, 1.0, 0.5, 0.5]  # gaps 1, 0.5, 0, 0
+    assert policy.probabilities() == pytest.approx([0.125 + 1 / 3, 0.125 + 1 / 6, 0.125, 0.125])
+    counts = Counter(sum(label for label in arch.values()) for (arch,) in steps(policy, 2000))  # type: ignore[misc]
+    edges = [max(sum(arch.values()) for arch in members) for members in policy.members]  # type: ignore[arg-type]
+    small = sum(count for total, count in counts.items() if total <= edges[0])
+    assert abs(small / 2000 - policy.probabilities()[0]) < 0.05
+
+
+def test_bins_measure_the_validation_loss() -> None:
+    supernet, _ = TestBins().made()
+    policy = Bins(supernet.space, supernet, bins=3, pool=60, every=2, decay=0.25)
+    expected: list[float] = []
+
+    def measured(step: int) -> list[float]:
+        rng = random.Random(f"bins/0/{step}")
+        picked = [rng.choice(members) for members in policy.members]
+        return [supernet.task.score(supernet.calibrated(arch), "val")["loss"] for arch in picked]
+
+    supernet.train(policy, 1)
+    assert policy.losses == [None] * 3
+    supernet.train(policy, 2)
+    assert policy.losses == (expected := measured(1))
+    supernet.train(policy, 4)
+    assert policy.losses == pytest.approx([0.25 * a + 0.75 * b for a, b in zip(expected, measured(3), strict=True)])
+
+
+def test_bins_of_ratios() -> None:
+    space = widths()
+    supernet = Supernet(space)
+    cost = {4: 1.0, 8: 4.0, 16: 10.0}
+    for log, expected in ((False, [{4, 8}, {16}]), (True, [{4}, {8, 16}])):
+        policy = Bins(space, supernet, cost=lambda arch: cost[arch["first"]], bins=2, log=log, every=0)  # type: ignore[index]
+        assert [{arch["first"] for arch in members} for members in policy.members] == expected
+    with pytest.raises(ConfigError, match="costs above 0"):
+        Bins(space, supernet, cost=lambda arch: 0.0, log=True)
+
+
+# ---- importance -----------------------------------------------------------------------------------------------------
+
+
+def test_importance_is_the_mix_of_scores_and_uniform() -> None:
+    space = cell_space(4)
+    name = "edge_0_1"
+    choice = space.choices[name]
+    policy = Importance(space, steps=100, floor=0.2)
+    k = len(choice.labels)
+    assert policy.probabilities(choice, 100) == [1 / k] * k
+    scores = [0.0, 0.0, 1.0, 4.0, 0.0]
+    policy.scores = {(name, label): score for label, score in zip(choice.labels, scores, strict=True)}
+    assert policy.probabilities(choice, 0) == pytest.approx([1 / k] * k)
+    for step, tau in ((50, 0.5), (100, 1.0), (1000, 1.0)):
+        expected = [0.2 / k + 0.8 * (tau * score / 5 + (1 - tau) / k) for score in scores]
+        assert policy.probabilities(choice, step) == pytest.approx(expected)
+        assert min(policy.probabilities(choice, step)) >= 0.2 / k > 0
+    counts = Counter(arch[name] for (arch,) in (drawn(policy, 100, seed) for seed in range(3000)))
+    expected = [3000 * p for p in policy.probabilities(choice, 100)]
+    statistic = sum((counts[label] - e) ** 2 / e for label, e in zip(choice.labels, expected, strict=True))
+    assert statistic < chi2.isf(1e-4, k - 1)
+    del policy.scores[name, choice.labels[0]]  # not drawn yet: as the mean of the others
+    p = policy.probabilities(choice, 100)
+    assert p[0] == pytest.approx(0.2 / k + 0.8 * 1.25 / 6.25)
+
+
+def test_a_score_is_the_gradient_norm_of_the_operation() -> None:
+    """The oracle: the network extracted, and the norms of its own gradients."""
+    exam_supernet, _ = TestImportance().made()
+    space = exam_supernet.space.narrowed({"rate": [0.0]})
+    supernet = Supernet(space, exam_supernet.task)
+    policy = Importance(space, steps=10, reweight=True, decay=0.25)
+    policy.scores = {("kind1", "prelu"): 3.0, ("kind1", "relu"): 1.0, ("kind1", "norm"): 1.0}
+    batch, seen = supernet.task.batch(100, 0), set()
+    for step in range(12):
+        before = dict(policy.scores)
+        (path,) = policy.sample(step, random.Random(f"paths/0/{step}"))
+        alone = supernet.extract(path.architecture).train()
+        batch.losses(batch.outputs(alone)).mean().backward()  # type: ignore[no-untyped-call]
+        supernet.train(policy, step + 1)
+        for name in {"kind1", "kind2"} & path.architecture.keys():
+            label = path.architecture[name]
+            norm = sum(float(p.grad.norm()) for p in getattr(alone, name).parameters() if p.grad is not None)
+            old = before.get((name, label), norm)
+            assert policy.scores[name, label] == pytest.approx(0.25 * old + 0.75 * norm, rel=1e-4)
+            assert norm > 0 or label == "relu"
+            seen.add(label)
+        assert {name for name, _ in policy.scores} <= {"kind1", "kind2"}
+    assert seen == {"relu", "prelu", "norm"}
+
+
+def test_reweighting_makes_the_expectation_uniform() -> None:
+    """Over all architectures: sum of p(a) w(a) f(a) is the mean under uniform choices, for any f."""
+    space = small_ops()
+    policy = Importance(space, steps=10, floor=0.1, reweight=True)
+    policy.scores = {("a", "x"): 1.0, ("a", "y"): 5.0, ("a", "z"): 0.0, ("b", "x"): 2.0, ("b", "y"): 0.5}
+    archs = list(space.enumerate())
+    value = {arch: random.Random(arch.to_json()).random() for arch in archs}
+    uniform = weighted = 0.0
+    for arch in archs:
+        p = q = 1.0
+        for name, label in arch.items():
+            choice = space.choices[name]
+            p *= policy.probabilities(choice, 7)[choice.labels.index(label)]
+            q /= len(choice.labels)
+        uniform += q * value[arch]
+        weighted += p * policy.weight(arch, 7) * value[arch]
+    assert weighted == pytest.approx(uniform, rel=1e-12)
+    (path,) = policy.sample(7, random.Random(0))
+    assert path.weight == policy.weight(path.architecture, 7) != 1
+
+
+def small_ops() -> SearchSpace:
+    """A choice of three operations, and one of two that is asked in one of them only."""
+    space = SearchSpace("ops")
+    x = space.input("x", torch.zeros(2, 3), {0: "batch"})
+    ops = {"x": Op(nn.ReLU), "y": Op(nn.PReLU), "z": Op(nn.Identity)}
+    first = space.add("first", Op(nn.Linear, out_features=3), x)
+    second = space.add("second", Choice("b", {"x": Op(nn.Linear, out_features=3), "y": Op(nn.ReLU)}), first)
+    a = space.add("a", Choice("a", ops), Choice("skip", {"1": first, "2": second}))
+    space.output(a)
+    return space
+
+
+@pytest.mark.parametrize("name", ["floor", "decay"])
+def test_shares_are_checked(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 1.5: give a number from 0 to 1"):
+        Importance(small_ops(), 10, **{name: 1.5})  # type: ignore[arg-type]

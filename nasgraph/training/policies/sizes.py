@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import random
@@ -20,25 +21,24 @@ def by_size(space: SearchSpace, size: Size, seed: int = 0, starts: int = 4) -> d
     """Of each choice whose labels differ in size, the labels from the smallest to the largest.
 
     Choices between operations are left out: an operation is not larger than another. A label's size is the mean over
-    ``starts`` random architectures that have the choice, with that label and all else alike.
+    ``starts`` random architectures that have the choice, with that label and all else alike, whatever the constraints.
 
     Args:
         size: e.g. ``Supernet.params``.
     """
     rng = random.Random(f"sizes/{seed}")
-    size = functools.cache(size)
     drawn = [space.sample(rng) for _ in range(DRAWS)]
     found: dict[str, tuple[Label, ...]] = {}
     for choice in _sized(space):
-        totals = [0.0] * len(choice.labels)
+        sizes: dict[Label, list[float]] = {label: [] for label in choice.labels}
         for arch in [arch for arch in drawn if choice.name in arch][:starts]:
             context = {**_anything(space, rng), **arch}
-            others = [space.architecture({**context, choice.name: label}) for label in choice.labels]
-            if not any(space.violated(other) for other in others):
-                totals = [total + size(other) for total, other in zip(totals, others, strict=True)]
-        if len(set(totals)) > 1:
-            order = sorted(range(len(totals)), key=totals.__getitem__)
-            found[choice.name] = tuple(choice.labels[i] for i in order)
+            for label in choice.labels:
+                with contextlib.suppress(SpaceError):  # a constraint may exclude what cannot be built
+                    sizes[label].append(size(space.architecture({**context, choice.name: label})))
+        means = {label: sum(each) / len(each) for label, each in sizes.items() if each}
+        if len(set(means.values())) > 1:
+            found[choice.name] = tuple(sorted(means, key=means.__getitem__))
     return found
 
 
