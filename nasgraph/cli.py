@@ -231,16 +231,20 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _rank(options: argparse.Namespace) -> int:
-    from nasgraph import registry
+    from nasgraph import config, registry
 
     for name in options.proxy:
         registry.check("proxies", name)
     from nasgraph.ranking import rank_run
+    from nasgraph.run import Run
 
+    run = Run.open(options.folder)
     overrides = [*options.set, *_overrides(argparse.Namespace(data_root=options.data_root))]
-    return rank_run(
-        options.folder, options.n, options.seed, options.truth, options.proxy, options.score, overrides, options.quiet
-    )
+    settings = config.parse(config.override(run.facts["config"], overrides), str(options.folder))
+    wanted = (options.n, options.seed, options.truth, options.proxy, options.score, options.quiet)
+    print(rank_run(run, settings, *wanted))
+    print(f"written: {options.folder / 'rank.csv'}, rank.json")
+    return 0
 
 
 def _spaces(options: argparse.Namespace) -> int:

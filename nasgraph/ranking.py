@@ -28,6 +28,8 @@ from nasgraph.statistics import bootstrap_interval, partial_spearman, spearman
 from nasgraph.training.loop import TrainSettings
 
 if TYPE_CHECKING:
+    from nasgraph.config import Config
+    from nasgraph.run import Run
     from nasgraph.supernet import Supernet
     from nasgraph.tasks.base import Task
 
@@ -440,53 +442,50 @@ def _plain(value: Any) -> Any:
 
 
 def rank_run(
-    folder: Path,
+    run: Run,
+    settings: Config,
     n: int,
     seed: int = 0,
     truth: str = "train",
     proxies: Sequence[str] = ("ntk_cond",),
     scores: Sequence[str] = ("accuracy",),
-    overrides: Sequence[str] = (),
     quiet: bool = False,
-) -> int:
-    """Print the report of the supernet that the run in ``folder`` trained; write ``rank.csv`` and ``rank.json`` there.
+) -> RankReport:
+    """The report of the supernet that ``run`` trained; ``rank.csv`` and ``rank.json`` in its folder hold it too.
 
     Args:
-        truth: ``train``: each architecture is trained alone as the run's config says; or ``module:function``, a
-            function of an architecture.
-        overrides: ``key=value``, as of ``nasgraph search``; only ``train``, ``seeds`` and ``data_root`` matter here.
+        settings: the run's config, or with other ``train`` or ``seeds`` for the truth.
+        truth: ``train``: each architecture is trained alone as ``settings`` say; or ``module:function``, a function of
+            an architecture.
 
-    Returns: the exit code. Raises: ConfigError: the run has no supernet, or it is not trained yet.
+    Raises: ConfigError: the run has no supernet, or it is not trained yet.
     """
     import torch
 
-    from nasgraph import config, pretraining, workers
+    from nasgraph import pretraining, workers
     from nasgraph.console import Display
-    from nasgraph.run import SUPERNET, Run
+    from nasgraph.run import SUPERNET
 
-    run = Run.open(folder)
     if run.config.supernet is None:
-        raise ConfigError(f"{folder} has no supernet, so no ranking to judge: its config has no section supernet")
+        raise ConfigError(f"{run.folder} has no supernet, so no ranking to judge: its config has no section supernet")
     if "supernet" not in run.facts:
-        raise ConfigError(f"the supernet of {folder} is not trained yet: nasgraph resume {folder}")
-    settings = config.parse(config.override(run.facts["config"], overrides), str(folder))
+        raise ConfigError(f"the supernet of {run.folder} is not trained yet: nasgraph resume {run.folder}")
     torch.set_num_threads(settings.threads)
-    display = Display(quiet)
     made = workers.parts(settings)
     run.check("space", made.space.fingerprint())
     run.check("task", made.task.fingerprint())
-    pretraining.check(folder / SUPERNET, run.facts["supernet"]["sha256"])
-    supernet = pretraining.load(settings, made.space, made.task, folder / SUPERNET)
+    pretraining.check(run.folder / SUPERNET, run.facts["supernet"]["sha256"])
+    supernet = pretraining.load(settings, made.space, made.task, run.folder / SUPERNET)
+    judge: Truth
     if truth == "train":
-        judge: Truth = stand_alone(made.space, made.task, made.settings, settings.seeds)
+        judge = stand_alone(made.space, made.task, made.settings, settings.seeds)
     else:
         judge = registry.resolve("objectives", truth)
-    with display.phase("rank", n) as phase:
+    with Display(quiet).phase("rank", n) as phase:
         report = rank_report(
             supernet, judge, n=n, seed=seed, proxies=proxies, scores=scores,
             training_seconds=run.facts["seconds"].get("supernet"), on_architecture=lambda *_: phase.advance(),
         )  # fmt: skip
-    print(report)
-    for path in (report.to_csv(folder / "rank.csv"), report.to_json(folder / "rank.json")):
-        print(f"written: {path}")
-    return 0
+    report.to_csv(run.folder / "rank.csv")
+    report.to_json(run.folder / "rank.json")
+    return report
