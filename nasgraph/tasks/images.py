@@ -122,24 +122,24 @@ class ImageTask(LoadedTask[ImageData]):
     def baseline(self) -> dict[str, float]:
         """What a logistic regression on the pixels reaches: the least a network has to beat.
 
-        Trained by the same loop (Adam, learning rate 0.003, up to 40 epochs); its L2 penalty is chosen among powers
-        of ten by validation accuracy.
+        Trained by the same loop (Adam, weight decay 0.001, up to 30 epochs with early stopping); its learning rate is
+        chosen by validation accuracy.
 
-        Returns: ``val_accuracy`` and ``test_accuracy`` (fractions) and ``weight_decay``.
+        Returns: ``val_accuracy`` and ``test_accuracy`` (fractions) and ``lr``.
         """
         plain = ImageTask(self.name, self.load)
         plain.__dict__["data"] = moved(self.data, "cpu")
         pixels, classes = math.prod(self.data.train_x.shape[1:]), self.sizes["classes"]
         best: dict[str, float] = {"val_accuracy": -1.0}
-        for penalty in (1e-4, 1e-3, 1e-2, 1e-1):
+        for lr in (0.0003, 0.001, 0.003, 0.01):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 model = nn.Sequential(nn.Flatten(), nn.Linear(pixels, classes))
-            settings = TrainSettings(epochs=40, lr=0.003, weight_decay=penalty, patience=5)
+            settings = TrainSettings(epochs=30, lr=lr, weight_decay=0.001, patience=4)
             val = plain.fit(model, settings, seed=0).val
             if val > best["val_accuracy"]:
                 test = plain.score(model, "test")["accuracy"]
-                best = {"val_accuracy": val, "test_accuracy": test, "weight_decay": penalty}
+                best = {"val_accuracy": val, "test_accuracy": test, "lr": lr}
         return best
 
 
