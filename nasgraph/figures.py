@@ -125,6 +125,25 @@ def best_figure(
     return {"data": data, "layout": _layout(xaxis=_trials_axis(), yaxis=axis, hovermode="x unified")}
 
 
+def loss_figure(losses: Sequence[tuple[int, float, float]]) -> Figure:
+    """Loss of the first network of each step, and the mean over its networks; at most 2,000 points of each."""
+    every = max(1, len(losses) // 2000)
+    shown = [row for i, row in enumerate(losses) if i % every == 0 or i == len(losses) - 1]
+    steps = [row[0] for row in shown]
+    data = [
+        {
+            "x": steps,
+            "y": [row[place] for row in shown],
+            "mode": "lines",
+            "name": name,
+            "line": {"color": c, "width": 1.5},
+        }
+        for place, name, c in ((1, "first network", SEARCH), (2, "mean of the step", RANDOM))
+    ]
+    axes = {"xaxis": {"title": _title("step"), **_grid()}, "yaxis": {"title": _title("loss, nats"), **_grid()}}
+    return {"data": data, "layout": _layout(**axes, hovermode="x unified")}
+
+
 def parallel_figure(
     objectives: Objectives, archs: Sequence[Mapping[str, Any]], rows: Rows, on_front: Sequence[bool], hovers: list[str]
 ) -> tuple[Figure, str]:

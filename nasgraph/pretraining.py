@@ -43,6 +43,7 @@ class Pretraining:
 
     folder: Path
     settings: config.Supernet
+    training: TrainSettings
     seed: int
     supernet: Supernet
     policy: Policy
@@ -77,9 +78,7 @@ class Pretraining:
             self.supernet.train(
                 self.policy,
                 self.steps,
-                settings=TrainSettings(
-                    lr=self.settings.lr, weight_decay=self.settings.weight_decay, optimizer=self.settings.optimizer
-                ),
+                settings=self.training,
                 seed=self.seed,
                 reduction=self.settings.reduction,
                 samples=self.settings.batch,
@@ -119,6 +118,7 @@ def begin(settings: config.Config, space: SearchSpace, task: Task, folder: Path)
     wanted = settings.supernet
     if wanted is None:
         raise ConfigError("the config has no section supernet")
+    training = TrainSettings(lr=wanted.lr, weight_decay=wanted.weight_decay, optimizer=wanted.optimizer)
     supernet = load(settings, space, task, folder) if exists(folder) else _new(settings, space, task)
     epoch = 1
     if wanted.batch is not None:
@@ -128,7 +128,7 @@ def begin(settings: config.Config, space: SearchSpace, task: Task, folder: Path)
     offered = {"space": space, "supernet": supernet, "steps": steps}
     policy: Policy = registry.make("policies", wanted.policy.name, arguments, offered)
     history = [row for row in read_history(folder) if row[0] <= supernet.step]
-    return Pretraining(folder, wanted, settings.seed, supernet, policy, epoch, steps, history)
+    return Pretraining(folder, wanted, training, settings.seed, supernet, policy, epoch, steps, history)
 
 
 def load(settings: config.Config, space: SearchSpace, task: Task, folder: Path) -> Supernet:

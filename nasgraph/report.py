@@ -69,6 +69,7 @@ def write_report(
     front: Sequence[FrontRow],
     references: Mapping[str, Mapping[str, float]],
     manifest: Mapping[str, Any],
+    losses: Sequence[tuple[int, float, float]] = (),
 ) -> Path:
     """Write one self-contained HTML page to ``path`` and return it.
 
@@ -78,6 +79,8 @@ def write_report(
         objectives: (name, direction); best-so-far curves and the proxies' correlations use the first.
         screen: rows of the training-free screen; empty if there was none.
         references: values of named baselines by metric, e.g. ``{"logistic regression": {"test_accuracy": 0.9}}``.
+        manifest: of the run; its ``supernet`` says that candidates were scored by one.
+        losses: of the supernet's training: step, loss of its first network, mean loss of its networks.
 
     Raises: ValueError: no objectives, or a scored trial with a value that is not finite.
     """
@@ -86,7 +89,7 @@ def write_report(
     run = Comparison(trials, baseline, objectives)
     drawn: dict[str, figures.Figure] = {}
     sections = [
-        ("front", "Pareto front", _front_section(run, front, references, drawn)),
+        ("front", "Pareto front", _front_section(run, front, references, drawn, "supernet" in manifest)),
         ("progress", "Against random search", _progress_section(run, drawn)),
         ("choices", "Choices and objectives", _choices_section(run, drawn)),
         ("models", "Networks of the front", _models_section(run, front, path.parent)),
@@ -94,6 +97,8 @@ def write_report(
         ("failures", "Failures", _failures_section(trials, baseline, screen)),
         ("manifest", "Manifest", _manifest_section(manifest)),
     ]
+    if "supernet" in manifest:
+        sections.insert(1, ("supernet", "Supernet", _supernet_section(manifest["supernet"], losses, drawn)))
     links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in sections)
     summary = f"{_summary(run, front, references)}<nav aria-label='Sections'>{links}</nav>"
     plotly, code = _plotly(), _resource("report.js")
@@ -159,16 +164,35 @@ def _front_section(
     front: Sequence[FrontRow],
     references: Mapping[str, Mapping[str, float]],
     drawn: dict[str, figures.Figure],
+    shared: bool,
 ) -> str:
     if not run.search_rows:
         return _empty("No trial was scored, so there is no front.")
     plot = _front_plot(run, front, references, drawn) if len(run.names) > 1 else ""
     note = f"Values of {_and(run.names)} are those of the search. They chose these networks, so they are optimistic."
     retrained = any(row.final for row in front)
-    note += (
-        " The columns marked final were measured after training anew." if retrained else " No network was retrained."
-    )
+    if shared:
+        note += " An accuracy of the search is the supernet's estimate: no network was trained for it."
+        note += " The columns marked final were measured after fine-tuning its extraction." if retrained else ""
+    else:
+        note += " The columns marked final were measured after training anew." if retrained else ""
+    note += "" if retrained else " No network was retrained."
     return f'{plot}<p class="soft">{_e(note)}</p>' + _scroll(_front_table(run, front, references))
+
+
+def _supernet_section(
+    about: Mapping[str, Any], losses: Sequence[tuple[int, float, float]], drawn: dict[str, figures.Figure]
+) -> str:
+    text = (
+        f"<p>One store of {about['numbers']:,} numbers, trained for {_count(about['steps'], 'step')} by the policy "
+        f"{_e(str(about['policy']))}. It scored every network of both searches; the scores rank networks, they are not "
+        "what these reach when they are trained.</p>"
+    )
+    if not losses:
+        return text + _empty("The curve of its loss was not kept.")
+    drawn["plot-supernet"] = figures.loss_figure(losses)
+    caption = "Training loss of each step in nats: of the step's first network, and the mean over its networks."
+    return text + _figure("plot-supernet", "Training loss of the supernet over steps", caption)
 
 
 def _front_plot(

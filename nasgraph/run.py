@@ -202,6 +202,7 @@ class Run:
     def write_report(self) -> Path:
         """Write ``report.html``."""
         from nasgraph.draw import draw_architecture
+        from nasgraph.pretraining import read_history
         from nasgraph.report import FrontRow, write_report
 
         rows = []
@@ -219,6 +220,7 @@ class Run:
             front=rows,
             references=self._references(),
             manifest=self.facts,
+            losses=read_history(self.folder / SUPERNET),
         )
 
     def _references(self) -> dict[str, Mapping[str, float]]:
@@ -240,14 +242,18 @@ class Run:
     def show(self, console: Console) -> None:
         """Print the Pareto table, what stands beside it, and where everything is."""
         names = [name for name, _ in self.objectives]
-        table = Table("", *names, "test", "test, mean of seeds", title=f"Pareto front, {self.folder}")
+        shared = "supernet" in self.facts
+        heads = [*names, *(["val, fine-tuned"] if shared else []), "test", "test, mean of seeds"]
+        table = Table("", *heads, title=f"Pareto front, {self.folder}")
 
         def row(label: str, values: Mapping[str, float], final: Mapping[str, float]) -> None:
             mean = ""
             if "test_accuracy_mean" in final:
                 mean = f"{100 * final['test_accuracy_mean']:.1f} ± {100 * final['test_accuracy_std']:.1f} %"
-            test = number("test_accuracy", final["test_accuracy"]) if "test_accuracy" in final else ""
-            table.add_row(label, *(number(name, values[name]) if name in values else "" for name in names), test, mean)
+            measured = ["val_accuracy", "test_accuracy"] if shared else ["test_accuracy"]
+            cells = [number(name, values[name]) if name in values else "" for name in names]
+            cells += [number(name, final[name]) if name in final else "" for name in measured]
+            table.add_row(label, *cells, mean)
 
         chosen = self.chosen()
         for record in chosen:
@@ -260,6 +266,8 @@ class Run:
         for label, values in self.facts.get("references", {}).items():
             row(label, values, values)
         console.print(table)
+        if shared:
+            console.print("an accuracy of the search is the supernet's estimate; val and test are of what is exported")
         if not chosen:
             console.print(f"nothing to export: {self.trouble()}", style="yellow")
         against = Comparison(self.records("search"), self.records("random"), self.objectives)

@@ -166,12 +166,12 @@ class Worker:
         shared = self.config.search.score == "supernet"
         runs = []
         for seed in range(self.config.seeds[0], self.config.seeds[0] + self.config.final.seeds):
-            model = (self._finetuned if shared else self._trained)(architecture, seed)
+            model, how = (self._finetuned if shared else self._trained)(architecture, seed)
             val, test = made.task.score(model, "val"), made.task.score(model, "test")
-            runs.append((val["accuracy"], -val["loss"], test["accuracy"], seed, model))
+            runs.append((val["accuracy"], -val["loss"], test["accuracy"], seed, model, how))
             if shared and not self.config.finetune:
                 break  # no seed changes anything
-        val_accuracy, _, test_accuracy, seed, model = max(runs, key=lambda run: run[:2])
+        val_accuracy, _, test_accuracy, seed, model, how = max(runs, key=lambda run: run[:2])
         tests = [run[2] for run in runs]
         values = {
             "val_accuracy": val_accuracy,
@@ -180,7 +180,7 @@ class Worker:
             "test_accuracy_mean": mean(tests),
             "test_accuracy_std": pstdev(tests),
         }
-        info: dict[str, Any] = {"seed": seed, "seeds": len(runs), "exports": []}
+        info: dict[str, Any] = {"seed": seed, "seeds": len(runs), "kept": how, "exports": []}
         if shared:
             extracted = self.supernet.calibrated(architecture, self._samples)
             values["extracted_val_accuracy"] = made.task.score(extracted, "val")["accuracy"]
@@ -189,23 +189,23 @@ class Worker:
             info["exports"] = export_to(Path(folder), self.config, made, architecture, model, values, metadata)
         return Scored(values, info)
 
-    def _trained(self, architecture: Architecture, seed: int) -> torch.nn.Module:
+    def _trained(self, architecture: Architecture, seed: int) -> tuple[torch.nn.Module, str]:
         made = self.parts
         model = build(made.space, architecture, seed).to(made.device)
         made.task.fit(model, made.settings, seed)
-        return model
+        return model, "trained"
 
-    def _finetuned(self, architecture: Architecture, seed: int) -> torch.nn.Module:
+    def _finetuned(self, architecture: Architecture, seed: int) -> tuple[torch.nn.Module, str]:
         """The extraction trained on; as it was, if that is not better on validation."""
         made, epochs = self.parts, self.config.finetune
         extracted = self.supernet.calibrated(architecture, self._samples)
         if not epochs:
-            return extracted
+            return extracted, "as extracted"
         model = self.supernet.calibrated(architecture, self._samples)
         made.task.fit(model, replace(made.settings, epochs=epochs), seed)
         before, after = made.task.score(extracted, "val"), made.task.score(model, "val")
         better = (after["accuracy"], -after["loss"]) > (before["accuracy"], -before["loss"])
-        return model if better else extracted
+        return (model, "fine-tuned") if better else (extracted, "as extracted")
 
 
 def export_to(

@@ -47,7 +47,7 @@ def nsga2(
     ``population_size`` is 10, not Optuna's 50: searches of 50 to 200 trials end better so (docs/study.md).
     ``mutation_prob`` is per choice; None: one over the number of choices.
     """
-    from optuna.samplers import NSGAIISampler
+    from nasgraph.samplers.genetic import NSGAIISampler
 
     return NSGAIISampler(
         seed=seed, population_size=population_size, mutation_prob=mutation_prob, crossover_prob=crossover_prob
