@@ -42,7 +42,8 @@ def coded(
     restarts: int = 4,
     start: str = "orthogonal",
     readout: bool = True,
-    readout_lr: float = 0.01,
+    readout_lr: float = 0.05,
+    readout_share: float = 0.5,
     alpha_lr: float = 3e-4,
     alpha_decay: float = 1e-3,
     samples: int | None = None,
@@ -68,6 +69,7 @@ def coded(
         readout: train the last layer (the nodes with parameters that nothing with parameters follows) on the training
             batch. The paper's theory has untrained features up to a linear read-out; without it, an untrained layer
             has a larger loss than no layer, and what destroys the features wins.
+        readout_lr: of Adam. readout_share: of each restart's steps, the first ones, in which only the read-out learns.
         alpha_lr, alpha_decay: of Adam with betas (0.5, 0.999).
         samples, fixed: as in :func:`tangle`.
 
@@ -77,6 +79,8 @@ def coded(
     one_of("start", start, ("orthogonal", "store"))
     if not 1 <= restarts <= steps:
         raise ConfigError(f"restarts is {restarts!r}: give a whole number from 1 to the number of steps, {steps}")
+    if not 0 <= readout_share < 1:
+        raise ConfigError(f"readout_share is {readout_share!r}: give a fraction from 0 to below 1")
     space, votes = supernet.space, dict[str, Tensor]()
     kept = {**_largest(supernet), **(fixed or {})}
     batches, history = Batches(supernet.task, samples, seed), list[Losses]()
@@ -93,7 +97,9 @@ def coded(
             values.data.fill_(1e-3)
         adam = alpha_optimizer(alphas, alpha_lr, alpha_decay)
         opened = {name: frozenset([space.choices[name].labels[i]]) for name, i in alphas.fixed.items()}
-        for step in range(steps * restart // restarts, steps * (restart + 1) // restarts):
+        first, end = steps * restart // restarts, steps * (restart + 1) // restarts
+        begin = first + int(readout_share * (end - first)) if readout else first
+        for step in range(first, end):
             with drawn_from(supernet, _seed(seed, step)):
                 train_loss = math.nan
                 if reader is not None:
@@ -111,8 +117,9 @@ def coded(
                 value = batch.losses(batch.outputs(network)).mean()
                 sparse = torch.stack([w.abs().sum() for w in weights.values()]).sum() if weights else value * 0
                 grads = gradients(value + sparsity * sparse, weights, step, "validation")
-                backward_through(weights, grads, alphas.of)
-                adam.step()
+                if step >= begin:
+                    backward_through(weights, grads, alphas.of)
+                    adam.step()
                 history.append((train_loss, float(value.detach())))
             if on_step is not None:
                 on_step(step, history[-1])

@@ -151,7 +151,7 @@ def two_sizes(alphas: Tensor, tau: float) -> tuple[Tensor, Tensor]:
 
 
 def band_loss(expected: Tensor, target: float, tolerance: float) -> Tensor:
-    """``log E`` above the band around the target, ``-log E`` below it, 0 within (section 3.2, eq. 7)."""
+    """``log E`` above the band around the target, ``-log E`` below it, 0 within."""
     if float(expected.detach()) > target * (1 + tolerance):
         return expected.log()
     if float(expected.detach()) < target * (1 - tolerance):

@@ -55,6 +55,7 @@ class Form:
     out: Shape
     module: nn.Module | None = None
     pieces: dict[str, tuple[Key, Cut | None]] = field(default_factory=dict)  # by parameter
+    training: bool | None = None  # the mode of the module
 
 
 @dataclass(eq=False)
@@ -72,7 +73,6 @@ class Group:
     members: list[int]
     form: Form
     gates: dict[str, Gate] = field(default_factory=dict)
-    training: bool | None = None
 
 
 @dataclass(eq=False)
@@ -112,8 +112,8 @@ class Mixture:
 
     Args:
         superpose: run forms that differ in sizes only at once, where that gives the same.
-        align: ``"pad"`` with zeros, or ``"interpolate"``: the adaptive average over channels of TAS. The latter runs
-            every form alone.
+        align: ``"pad"`` with zeros, or ``"interpolate"``: the adaptive average over channels of TAS. Then every form
+            with parameters is run alone, and what has none (and keeps zeros) once, at the largest size that is open.
         norms: ``"exact"``: a norm over channels is run for each width. ``"full"``: once over the padded width, as
             TangleNAS does; its statistics then count the padding.
         store: parameters to read instead of the supernet's.
@@ -134,7 +134,7 @@ class Mixture:
         one_of("norms", norms, ("exact", "full"))
         self.space, self.supernet, self.align, self.norms = supernet.space, supernet, align, norms
         self.store: Mapping[Key, Tensor] = supernet.store if store is None else store
-        self._superposes = superpose and align == "pad"
+        self._superposes = superpose
         self._tried: dict[Any, bool] = {}
         self.places = self._walk()
 
@@ -157,13 +157,19 @@ class Mixture:
                 with more than one have neither value nor gradient and are not run.
         """
         labels = labels or {}
-        needed, chosen = {OUTPUT}, {}
+        needed: set[str] = {OUTPUT}
+        chosen: dict[str, list[tuple[Group, Form]]] = {}
         for name in reversed(self.places):
             if name in needed:
                 place = self.places[name]
                 opened = place.opened(labels, path or {})
-                chosen[name] = [group for group in place.groups if any(opened[i] for i in group.members)]
-                needed.update(source for group in chosen[name] for source in group.form.sources)
+                chosen[name] = []
+                for group in place.groups:
+                    members = [i for i in group.members if opened[i]]
+                    if members:
+                        form = group.form if self.align == "pad" else place.forms[members[0]]
+                        chosen[name].append((group, form))
+                        needed.update(form.sources)
         values: dict[str, Tensor] = dict(zip(self.space.inputs, inputs, strict=True))
         for name in reversed(chosen):
             values[name] = self._value(name, chosen[name], weights, values, training)
@@ -172,19 +178,24 @@ class Mixture:
     # ---- running --------------------------------------------------------------------------------------------------
 
     def _value(
-        self, name: str, groups: Sequence[Group], weights: Weights, values: Mapping[str, Tensor], training: bool
+        self,
+        name: str,
+        runs: Sequence[tuple[Group, Form]],
+        weights: Weights,
+        values: Mapping[str, Tensor],
+        training: bool,
     ) -> Tensor:
         place = self.places[name]
         if len(place.forms) == 1:
-            return self._run(groups[0], None, values, training)
+            return self._run(*runs[0], None, values, training)
         p = place.probabilities(weights)
         shape = place.shape
         if self.align == "interpolate":  # to the largest of those that are run
-            shape = tuple(max(sizes) for sizes in zip(*(group.form.out for group in groups), strict=True))
+            shape = tuple(max(sizes) for sizes in zip(*(form.out for _, form in runs), strict=True))
         total: Tensor | None = None
-        for group in groups:
+        for group, form in runs:
             mine = p[group.members]
-            out = self._fit(self._run(group, mine, values, training), place.varies, shape)
+            out = self._fit(self._run(group, form, mine, values, training), place.varies, shape)
             if len(group.members) < len(place.forms):
                 out = out * mine.sum().to(out.dtype)
             total = out if total is None else total + out
@@ -192,8 +203,7 @@ class Mixture:
             raise SpaceError(f"node '{name}' has no form with these decisions: they make no architecture")
         return total
 
-    def _run(self, group: Group, p: Tensor | None, values: Mapping[str, Tensor], training: bool) -> Tensor:
-        form = group.form
+    def _run(self, group: Group, form: Form, p: Tensor | None, values: Mapping[str, Tensor], training: bool) -> Tensor:
         sources = [
             self._fit(values[name], self.places[name].varies if name in self.places else (), shape)
             for name, shape in zip(form.sources, form.reads, strict=True)
@@ -210,9 +220,9 @@ class Mixture:
                 gate = group.gates[name]
                 share = gate.of @ (p / p.sum().clamp_min(torch.finfo(p.dtype).tiny))
                 state[name] = state[name] * torch.tensordot(share.to(gate.masks.dtype), gate.masks, dims=1)
-        if group.training != training:
+        if form.training != training:
             _set_mode(form.module, training)
-            group.training = training
+            form.training = training
         for name, buffer in form.module.named_buffers():
             state[name] = buffer.clone()
         return functional_call(form.module, state, tuple(sources)) if state else form.module(*sources)  # type: ignore[no-any-return]
@@ -322,7 +332,8 @@ class Mixture:
     def _groups(self, place: Place) -> list[Group]:
         families: dict[Any, list[int]] = {}
         for i, form in enumerate(place.forms):
-            families.setdefault(_family(form) if self._superposes else i, []).append(i)
+            together = self._superposes and not (form.pieces and self.align == "interpolate")
+            families.setdefault(_family(form) if together else i, []).append(i)
         groups = []
         for members in families.values():
             left = sorted(members, key=lambda i: _size(place.forms[i]), reverse=True)
@@ -400,9 +411,10 @@ class Mixture:
         few: list[Tensor] = []
         many: list[Tensor] = []
         for name, shape, padded in zip(form.sources, form.reads, largest.reads, strict=True):
-            if name in self.space.inputs:
-                x = self.space.inputs[name].example.to(device)
-            else:
+            given = self.space.inputs.get(name)
+            if given is not None and not given.example.is_floating_point():
+                x = given.example.to(device)  # edges, classes
+            else:  # not the example: it may be zeros, and hide what differs
                 x = torch.randn(shape, generator=generator).to(device)
             few.append(x)
             many.append(self._padded(x, padded))
@@ -445,7 +457,7 @@ def one_of(what: str, value: str, known: Sequence[str]) -> None:
 
 
 def interpolated(x: Tensor, axis: int, size: int) -> Tensor:
-    """``x`` with ``size`` entries along ``axis``: adaptive average over neighbours (Dong & Yang, TAS, section 3.1)."""
+    """``x`` with ``size`` entries along ``axis``: adaptive average over neighbours (Dong & Yang, TAS, NeurIPS 2019)."""
     last = x.movedim(axis, -1)
     flat = F.adaptive_avg_pool1d(last.reshape(1, -1, last.shape[-1]), size)
     return flat.reshape(*last.shape[:-1], size).movedim(-1, axis)
@@ -457,6 +469,7 @@ def _once(form: Form, state: dict[str, Tensor], sources: Sequence[Tensor]) -> Te
         result: Tensor = form.op.make(*sources, **form.op.kwargs)
         return result
     _set_mode(form.module, False)
+    form.training = False
     state = {**state, **{name: buffer.clone() for name, buffer in form.module.named_buffers()}}
     return functional_call(form.module, state, tuple(sources))  # type: ignore[no-any-return]
 

@@ -170,17 +170,18 @@ def most_probable(space: SearchSpace, probabilities: Mapping[str, Mapping[Label,
 class Batches:
     """The training batch and the validation batch of each step.
 
-    The validation batch is ``task.split("val")`` where the task has ``split``; else ``task.val_batch(n, seed)`` where
-    it has that; else other training samples than the weights see: even places of ``task.batch(all)`` are not possible
-    for every kind of input, so it is a training batch drawn from another seed, and the two may share samples.
+    The validation batch is ``task.split("val")`` where the task has ``split``; else, in turn, one of
+    ``task.batches("val")`` where it has those. A task with neither gives another draw of training samples, which may
+    have samples in common with those that the weights see; with ``samples=None`` it is the same batch.
 
     Args:
-        samples: per step; default: all of them at once.
+        samples: of training, per step; default: all of them at once.
     """
 
     def __init__(self, task: Task, samples: int | None, seed: int) -> None:
         self.task, self.samples, self.seed = task, samples, seed
         self._whole: dict[str, Batch] = {}
+        self._parts: list[Batch] = []
 
     def train(self, step: int) -> Batch:
         """What the weights learn from."""
@@ -190,16 +191,13 @@ class Batches:
 
     def val(self, step: int) -> Batch:
         """What the architecture parameters learn from."""
-        split, draw = getattr(self.task, "split", None), getattr(self.task, "val_batch", None)
-        if draw is not None and self.samples is not None:
-            return draw(self.samples, _seed(self.seed, step))  # type: ignore[no-any-return]
+        split, batches = (getattr(self.task, name, None) for name in ("split", "batches"))
         if split is not None:
             return self._once("val", lambda: split("val"))
-        if draw is not None:
-            return self._once("val", lambda: draw(ALL, self.seed))
-        if self.samples is None:
-            return self.train(step)
-        return self.task.batch(self.samples, _seed(self.seed, -1 - step))
+        if batches is not None:
+            self._parts = self._parts or list(batches("val"))
+            return self._parts[step % len(self._parts)]
+        return self.train(step) if self.samples is None else self.task.batch(self.samples, _seed(self.seed, -1 - step))
 
     def _once(self, name: str, make: Callable[[], Batch]) -> Batch:
         if name not in self._whole:

@@ -70,7 +70,7 @@ def tangle(
         temperatures: of the Gumbel-softmax, first and last, linear between.
         warmup: steps before the alphas move.
         settings: optimizer of the store; see :class:`TrainSettings`.
-        samples: per batch; default: all.
+        samples: of a training batch; default: all.
         fixed: choices that are not searched, with their labels.
 
     Raises: ConfigError: an unknown sampler or mode. SpaceError: the space cannot be mixed, or an unknown choice.

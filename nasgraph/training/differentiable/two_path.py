@@ -152,7 +152,7 @@ def two_path(
 
 
 def gate_gradient(gates: Tensor, p: Tensor) -> Tensor:
-    """``dL/dalpha_i = sum_j dL/dg_j p_j (delta_ij - p_i)`` (section 3.2.1, eq. 4).
+    """``dL/dalpha_i = sum_j dL/dg_j p_j (delta_ij - p_i)`` (section 3.2).
 
     Shapes: ``gates`` = dL/dg ``(2,)``, ``p`` ``(2,)`` -> ``(2,)``. Zero where the gates say the same up to rounding.
     """
