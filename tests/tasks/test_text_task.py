@@ -7,15 +7,17 @@ import pickle
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nasgraph import registry
+from nasgraph import registry, search
 from nasgraph.build import build
 from nasgraph.catalogue import make_space
+from nasgraph.console import Display
 from nasgraph.errors import ConfigError, DataError
 from nasgraph.supernet import Supernet
 from nasgraph.tasks import Batch, RowTask, Task, TextTask, characters, digits_rows
@@ -174,6 +176,16 @@ def test_baselines_by_counting(sums: TextTask) -> None:
     assert found["bigram table"]["val_accuracy"] == pytest.approx(right / count)
     assert found["bigram table"]["val_loss"] == pytest.approx(loss / count, rel=1e-5)
     assert found["most frequent character"]["val_accuracy"] == pytest.approx(most / count)
+
+
+def test_a_report_names_each_baseline(sums: TextTask) -> None:
+    run = SimpleNamespace(facts={})
+    search._references(run, SimpleNamespace(task=sums), Display(quiet=True))  # type: ignore[arg-type]
+    found = {
+        name: {key: value for key, value in values.items() if "accuracy" in key}
+        for name, values in sums.baseline().items()
+    }
+    assert run.facts["references"] == found and set(found) == {"most frequent character", "bigram table"}
 
 
 def test_a_decoder_learns_more_than_pairs(sums: TextTask) -> None:
