@@ -43,7 +43,7 @@ def gnn_graph(
     widths: Sequence[int] = (16, 32, 64),
     degrees: Sequence[int] | None = None,
 ) -> SearchSpace:
-    """Up to ``layers`` layers of convolution, norm, activation; a readout over each graph's nodes; a head of two.
+    """Graph classifiers: up to ``layers`` layers of convolution, norm and activation, a readout, a head of two layers.
 
     All layers share width, norm, activation and dropout. The readout reads layer ``depth``, or all layers up to it
     (``jump``; with ``cat`` as in Xu et al., ICLR 2019). The first layer of the head has ``width`` channels.
