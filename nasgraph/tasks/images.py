@@ -78,8 +78,11 @@ class ImageTask(LoadedTask[ImageData]):
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        """One training image, ``(1, channels, size, size)``: costs and latency are those of a single image."""
-        return (self.normalised(self.data.train_x[:1]),)
+        """One training image, ``(1, channels, size, size)``: costs and latency are those of a single image.
+
+        In the memory format of a tensor that comes from elsewhere, which may take another kernel than that of batches.
+        """
+        return (self.normalised(self.data.train_x[:1]).clone(memory_format=torch.contiguous_format),)
 
     @cached_property
     def _scale(self) -> tuple[Tensor, Tensor]:
@@ -97,9 +100,12 @@ class ImageTask(LoadedTask[ImageData]):
         return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """``images`` ``(n, channels, size, size)`` as models see them: float32, by the training images' statistics."""
+        """``images`` ``(n, channels, size, size)`` as models see them: float32, by the training images' statistics.
+
+        In channels-last format: on a CPU convolutional networks then train 1.3 to 2 times as fast.
+        """
         mean, deviation = self._scale
-        return (images.float() - mean) / deviation
+        return ((images.float() - mean) / deviation).clone(memory_format=torch.channels_last)
 
     def batches(self, split: str) -> Batches:
         """``"train"``, ``"val"`` or ``"test"`` in the images' own order; pixels are normalised batch by batch."""

@@ -141,6 +141,17 @@ def test_pixels_are_normalised_by_the_training_images() -> None:
         assert np.allclose(batch.inputs[0].numpy(), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_batches_are_channels_last_and_inputs_are_not(channels: int) -> None:
+    """An exported model is compared on ``inputs``: read from a file, they have to take the same kernels to the bit."""
+    x = np.zeros((20, 4, 4, channels), dtype=np.uint8)
+    task = ImageTask("mine", partial(checked, (x, np.arange(20) % 2, x[:4], np.arange(4) % 2), "mine"), shift=1)
+    plain, last = (16 * channels, 16, 4, 1), (16 * channels, 1, 4 * channels, channels)
+    assert [tensor.stride() for tensor in task.inputs] == [plain]
+    for batches in ([task.batch(4, 0)], task.batches("train"), task.epochs(0)):
+        assert {batch.inputs[0].stride() for batch in batches} == {last}
+
+
 # ---- batches -------------------------------------------------------------------------------------------------------
 
 
