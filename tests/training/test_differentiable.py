@@ -615,6 +615,7 @@ def test_coded_reads_and_changes_no_weight_of_the_store() -> None:
         parameter.data.zero_()
     assert coded(supernet, 8).probabilities == one.probabilities
     assert one.architecture["width"] == 16 and one.probabilities["width"] == {4: 0, 8: 0, 16: 1}
+    assert one.architecture["rate"] == 0.0  # a rate is no size
 
 
 def test_the_read_out_is_what_nothing_with_parameters_follows() -> None:

@@ -55,7 +55,8 @@ def coded(
 
     with weights ``w_0`` that are never trained. Operations and inputs are mixed by ``sum_o alpha_hat_o op_o(x)``; the
     space's own activations are used. Searched are the choices between operations or between nodes; every other choice
-    keeps one label: its largest if it is ordered, else its first, and the result has that label.
+    keeps one label: its largest if it is an ordered choice of whole numbers (a size), else its first (a dropout rate),
+    and the result has that label.
 
     Each restart begins with other weights and alphas of 1e-3 each, and votes for the largest alpha of each choice.
     Probabilities are the shares of votes, with the mean softmax of ``alpha_hat`` as one vote more, which decides ties.
@@ -137,7 +138,8 @@ def coded_weights(alphas: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _largest(supernet: Supernet) -> dict[str, Label]:
     def label(choice: Choice) -> Label:
-        return choice.labels[-1] if choice.ordered else choice.labels[0]
+        size = choice.ordered and all(isinstance(option, int) for option in choice.options)
+        return choice.labels[-1] if size else choice.labels[0]
 
     return {name: label(choice) for name, choice in supernet.space.choices.items() if not chooses_parts(choice)}
 
