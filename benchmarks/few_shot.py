@@ -146,9 +146,10 @@ def main() -> None:
         f"{spearman(own[0], own[1]):.2f}; between (a) and (b): {spearman(truth, published[: len(truth)]):.2f}.\n"
     )
     print(
-        f"Every method but the first takes {total} updates of uniform paths (Adam, the default settings), the split ones\n"
-        f"{half} before the split and the rest divided among the leaves. Each option is measured in {options.repeats} "
-        f"random networks.\nMeans of {options.seeds} seeds; gains over one supernet with 95% intervals over designs.\n"
+        f"Every method but the first takes {total} updates of uniform paths (Adam, the default settings), the split "
+        f"ones\n{half} before the split and the rest divided among the leaves. Each option is measured in "
+        f"{options.repeats} random networks.\nMeans of {options.seeds} seeds; gains over one supernet with 95% "
+        "intervals over designs.\n"
     )
     print("| method | Spearman, (a) | gain | Spearman, (b) | gain | (b) by seed | mean score | seconds |")
     print("|---|---|---|---|---|---|---|---|")

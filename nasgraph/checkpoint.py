@@ -83,8 +83,13 @@ def save(supernet: Supernet, folder: str | os.PathLike[str]) -> Path:
     return place / FILE
 
 
-def load(folder: str | os.PathLike[str], space: SearchSpace, task: Task | None = None) -> Supernet:
-    """The supernet in ``folder``; see :meth:`nasgraph.supernet.Supernet.load`."""
+def load(
+    folder: str | os.PathLike[str], space: SearchSpace, task: Task | None = None, into: Supernet | None = None
+) -> Supernet:
+    """The supernet in ``folder``; see :meth:`nasgraph.supernet.Supernet.load`.
+
+    ``into``: one for ``space`` that is filled, in place of a new one: its store has sizes of its own.
+    """
     from safetensors.torch import load as from_bytes
 
     from nasgraph.supernet import Supernet
@@ -106,7 +111,8 @@ def load(folder: str | os.PathLike[str], space: SearchSpace, task: Task | None =
     if hashlib.sha256(data).hexdigest() != about["sha256"]:
         raise DamagedFile(f"checkpoint {place}: {about['tensors']} is not what was written (SHA-256 differs)")
     tensors = from_bytes(data)
-    supernet = Supernet(space, task, about["seed"])
+    supernet = Supernet(space, task, about["seed"]) if into is None else into
+    supernet.seed = about["seed"]
     expected = {json.dumps(key): tuple(parameter.shape) for key, parameter in supernet.store.items()}
     found = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith(("optimizer/", "policy/"))}
     if expected != found:

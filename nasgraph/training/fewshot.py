@@ -17,19 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from nasgraph import checkpoint as checkpoints
 from nasgraph import registry
 from nasgraph.checkpoint import _checksum, _write
 from nasgraph.errors import ConfigError, DamagedFile, SpaceError, did_you_mean
-from nasgraph.slicing import cut_for, taken
 from nasgraph.space import Architecture, Label, SearchSpace
-from nasgraph.supernet import SAMPLES, Subnet, Supernet, _called, _numbered
+from nasgraph.supernet import SAMPLES, Subnet, Supernet
 from nasgraph.training.policies import Policy
 from nasgraph.training.splitting import MEASURES, Measure, Split, best_split
-from nasgraph.variants import variants
 
 if TYPE_CHECKING:
+    from nasgraph.ranking import RankReport
     from nasgraph.tasks.base import Task
 
 FILE = "few_shot.json"
@@ -189,7 +189,18 @@ class FewShot:
         self, architectures: Iterable[Mapping[str, Label]], samples: int = SAMPLES, split: str = "val"
     ) -> list[float]:
         """Accuracy (a fraction) of each architecture by its leaf; see :meth:`nasgraph.supernet.Supernet.evaluate`."""
-        return [self.leaf(found).evaluate([found], samples, split)[0] for found in architectures]
+        found = [Architecture(architecture) for architecture in architectures]
+        scores: dict[Architecture, float] = {}
+        for _, supernet in self.leaves:
+            mine = [architecture for architecture in found if self.leaf(architecture) is supernet]
+            scores.update(zip(mine, supernet.evaluate(mine, samples, split), strict=True))
+        return [scores[architecture] for architecture in found]
+
+    def rank_report(self, truth: Callable[[Architecture], float], *args: Any, **kwargs: Any) -> RankReport:
+        """See :meth:`nasgraph.supernet.Supernet.rank_report`."""
+        from nasgraph.ranking import rank_report
+
+        return rank_report(self, truth, *args, **kwargs)
 
     def train(
         self,
@@ -259,11 +270,12 @@ class FewShot:
         if about["space"] != space.name or about["fingerprint"] != space.fingerprint():
             same = " with other choices, operations or sizes" if about["space"] == space.name else ""
             raise SpaceError(f"{place / FILE} is of space '{about['space']}'{same}, not of '{space.name}': train anew")
-        leaves = []
+        whole, leaves = Supernet(space, task), []
         for leaf in about["leaves"]:
             labels = {name: tuple(kept) for name, kept in leaf["labels"].items()}
             domain = Domain(labels, tuple(leaf["asks"]))
-            leaves.append((domain, Supernet.load(place / leaf["folder"], domain.space(space), task)))
+            supernet = inherited(whole, domain.space(space))  # for its sizes
+            leaves.append((domain, checkpoints.load(place / leaf["folder"], supernet.space, task, into=supernet)))
         splits = []
         for split in about["splits"]:
             first, second = split["groups"]
@@ -274,34 +286,14 @@ class FewShot:
 def inherited(parent: Supernet, space: SearchSpace) -> Supernet:
     """A supernet for ``space``, part of the parent's, whose architectures are those of the parent to the bit.
 
-    Where the leaf needs less of a parameter than the parent stores, it takes the entries that its forms use.
-
-    Raises: SpaceError: two forms use one entry of the leaf for different ones of the parent, so a slice of a slice is
-        not a slice; names the parameter.
+    It has a copy of all that the parent stores for the options that are left, at the parent's sizes: cut smaller, a
+    parameter that is computed from a larger one would be another.
     """
-    leaf = Supernet(space, parent._task, parent.seed).to(parent.device)
-    smaller = {key for key, mine in leaf.store.items() if mine.shape != parent.store[key].shape}
-    origin = {key: torch.full(leaf.store[key].shape, -1) for key in smaller}
-    for (node, option), forms in variants(space).items() if smaller else ():
-        for form in forms:
-            for name, shape in form.shapes.items():
-                key = (node, option, name)
-                if key not in smaller:
-                    continue
-                here, there = tuple(leaf.store[key].shape), tuple(parent.store[key].shape)
-                places = taken(cut_for(form.module, name, here, shape), _numbered(here))
-                origins = taken(cut_for(form.module, name, there, shape), _numbered(there))
-                before = origin[key].view(-1)[places]
-                if bool(((before != -1) & (before != origins)).any()):
-                    raise SpaceError(f"{_called(*key)} cannot be made smaller: its forms would no longer nest")
-                origin[key].view(-1)[places] = origins
-    with torch.no_grad():
-        for key, mine in leaf.store.items():
-            theirs: Tensor = parent.store[key]
-            if key in smaller:
-                theirs = theirs.flatten()[origin[key].clamp(min=0).to(theirs.device)]
-            mine.copy_(theirs)
-    return leaf
+    leaf = Supernet(space, parent._task, parent.seed)
+    left = {key[:2] for key in leaf.store}
+    leaf.store = {key: nn.Parameter(p.detach().clone()) for key, p in parent.store.items() if key[:2] in left}
+    leaf._names = {option: names for option, names in parent._names.items() if option in left}
+    return leaf.to(parent.device)
 
 
 def _counted(on_step: Callable[[int, Sequence[float]], None], before: int, step: int, losses: Sequence[float]) -> None:

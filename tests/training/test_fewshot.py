@@ -366,7 +366,7 @@ def test_it_splits_cells_of_images() -> None:
         assert all(0 <= score < math.inf for score in few.splits[0].scores.values())
 
 
-# ---- stores that shrink -----------------------------------------------------------------------------------------
+# ---- stores of which a leaf needs less -------------------------------------------------------------------------
 
 
 def kernels(*sizes: int) -> SearchSpace:
@@ -378,20 +378,20 @@ def kernels(*sizes: int) -> SearchSpace:
     return space
 
 
-def test_a_leaf_takes_the_entries_that_its_forms_use() -> None:
-    supernet = Supernet(kernels(3, 5, 7))
-    leaf = inherited(supernet, supernet.space.narrowed({"kernel": [3, 5], "width": [2]}))
-    assert leaf.store["conv", "Conv1d", "weight"].shape == (2, 3, 5)
-    x = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
-    for arch in leaf.space.enumerate():
-        assert torch.equal(leaf.subnet(arch)(x), supernet.subnet(arch)(x))
-
-
-def test_a_leaf_whose_slices_would_not_nest_is_refused() -> None:
-    """The middle 3 of the middle 6 of 7 are not the middle 3 of 7."""
+def test_a_leaf_cuts_what_its_parent_cuts(tmp_path: Path) -> None:
+    """The middle 3 of the middle 6 of 7 are not the middle 3 of 7: so the leaf, without 7, still stores 7."""
     supernet = Supernet(kernels(3, 6, 7))
-    with pytest.raises(SpaceError, match="node 'conv', option 'Conv1d', parameter 'weight' cannot be made smaller"):
-        inherited(supernet, supernet.space.narrowed({"kernel": [3, 6]}))
+    domain = Domain({"kernel": (3, 6), "width": (2,)})
+    few = FewShot(supernet.space, [(domain, inherited(supernet, domain.space(supernet.space)))])
+    x = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    few.save(tmp_path)
+    for found in (few, FewShot.load(tmp_path, supernet.space)):
+        assert (
+            found.leaves[0][1].store["conv", "Conv1d", "weight"].shape
+            == supernet.store["conv", "Conv1d", "weight"].shape
+        )
+        for arch in found.leaves[0][1].space.enumerate():
+            assert torch.equal(found.subnet(arch)(x), supernet.subnet(arch)(x))
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------
