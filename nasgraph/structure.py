@@ -6,7 +6,7 @@ little more than to find out which it has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +106,13 @@ class Form:
             for layer, momentum in momenta.items():
                 layer.momentum, layer.training = momentum, False
 
+    def new_statistics(self) -> dict[str, Tensor]:
+        """Those of BatchNorm, with nothing seen yet."""
+        return {
+            place.name: torch.ones_like(place.blank) if place.local == "running_var" else torch.zeros_like(place.blank)
+            for _, place in self.statistics
+        }
+
 
 def form(module: nn.Module, node: str, pieces: Sequence[Piece]) -> Form:
     """``module`` as a :class:`Form`; its parameters lose their numbers. ``pieces``: those of its parameters."""
@@ -173,13 +180,16 @@ class Structure:
         parts = [form.module for form in self.forms if form is not None]
         return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
-    def new_statistics(self) -> dict[str, Tensor]:
-        """Of all BatchNorm layers, with nothing seen yet."""
-        layers = [item for form in self.forms if form is not None for item in form.statistics]
-        return {
-            place.name: torch.ones_like(place.blank) if place.local == "running_var" else torch.zeros_like(place.blank)
-            for _, place in layers
-        }
+    def measured(self, batches: Iterable[Sequence[Tensor]], numbers: Numbers) -> dict[str, Tensor]:
+        """The statistics of all BatchNorm layers: the mean over ``batches`` of inputs."""
+        found: dict[str, Tensor] = {}
+        for form in self.forms:
+            if form is not None:
+                found |= form.new_statistics()
+        with torch.no_grad():
+            for inputs in batches:
+                self.run(inputs, numbers, statistics=found, calibrate=True)
+        return found
 
     def run(
         self,
@@ -193,13 +203,13 @@ class Structure:
         values = dict(zip(self.graph.inputs, inputs, strict=True))
         for step, form, unread in zip(self.graph.steps, self.forms, self._unread, strict=True):  # type: ignore[attr-defined]
             sources = [values[name] for name in step.sources]
-            values[step.name] = computed(step, form, sources, numbers, training, statistics or {}, calibrate)
+            values[step.name] = ran(step, form, sources, numbers, training, statistics or {}, calibrate)
             for name in unread:
                 del values[name]
         return values[self.graph.output]
 
 
-def computed(
+def ran(
     step: Step,
     form: Form | None,
     sources: Sequence[Tensor],

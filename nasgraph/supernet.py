@@ -23,6 +23,7 @@ from nasgraph import checkpoint as checkpoints
 from nasgraph.build import _made, _Shapes, build_graph, node_seed
 from nasgraph.canonical import simplify
 from nasgraph.errors import ConfigError, SpaceError
+from nasgraph.scoring import Scorer
 from nasgraph.slicing import computed_for, cut_for
 from nasgraph.space import Architecture, Graph, Label, SearchSpace, Step
 from nasgraph.stored import called, numbered, start
@@ -74,8 +75,11 @@ class Supernet:
         self._of: OrderedDict[Architecture, Structure] = OrderedDict()
         self._structures: OrderedDict[Any, Structure] = OrderedDict()
         self._forms: OrderedDict[Any, Form] = OrderedDict()
-        self._statistics: OrderedDict[Structure, tuple[tuple[int, ...], dict[str, Tensor]]] = OrderedDict()
-        self._batches: dict[int, list[Batch]] = {}  # for the statistics
+        self._statistics: OrderedDict[tuple[Structure, int], dict[str, Tensor]] = OrderedDict()
+        self._batches: dict[int, list[tuple[Tensor, ...]]] = {}  # for the statistics
+        self._shown: tuple[Tensor, ...] | None = None  # by every batch of the task; (): they differ
+        self._kept: Scorer | None = None
+        self._state: list[int] = []  # of the store, when these were computed
 
     def __repr__(self) -> str:
         return f"Supernet({self.space.name!r}, {self.numel:,} numbers)"
@@ -106,6 +110,7 @@ class Supernet:
             state.update({name: t.to(self.device) for name, t in state.items() if isinstance(t, Tensor)})
         for cache in (self._of, self._structures, self._forms, self._statistics, self._batches):
             cache.clear()
+        self._kept = self._shown = None
         return self
 
     # ---- views ----------------------------------------------------------------------------------------------------
@@ -141,32 +146,14 @@ class Supernet:
 
         The statistics are the mean over batches of 32 that hold ``samples`` training samples, drawn from the
         supernet's seed; over the whole graph, once, where each batch of the task shows all of it. They are kept for
-        each architecture until its slices change.
+        each architecture until the store changes.
         """
         model = self.extract(architecture).eval()
-        structure = self._structure(Architecture(architecture))
-        if not structure.has_batch_norm:
-            return model
-        version = (samples, *(self.store[piece.key]._version for piece in structure.pieces))
-        kept = self._statistics.get(structure)
-        if kept is not None and kept[0] == version:
-            for name, buffer in model.named_buffers():
-                buffer.copy_(kept[1][name])
-            return model
-        recalibrate(model, self._calibration(samples))
-        _keep(self._statistics, structure, (version, {n: b.clone() for n, b in model.named_buffers()}))
+        statistics = self._measured(self._structure(Architecture(architecture)), samples)
+        buffers = dict(model.named_buffers())
+        for name, numbers in statistics.items():
+            buffers[name].copy_(numbers)
         return model
-
-    def _calibration(self, samples: int) -> list[Batch]:
-        if samples not in self._batches:
-            batches = [self.task.batch(32, _batch_seed(self.seed, 0))]
-            for i in range(1, math.ceil(samples / 32)):
-                batches.append(self.task.batch(32, _batch_seed(self.seed, i)))
-                if all(one is other for one, other in zip(batches[0].inputs, batches[1].inputs, strict=True)):
-                    batches.pop()  # the whole graph, each time
-                    break
-            self._batches = {samples: batches}
-        return self._batches[samples]
 
     def evaluate(
         self, architectures: Iterable[Mapping[str, Label]], samples: int = SAMPLES, split: str = "val"
@@ -174,13 +161,68 @@ class Supernet:
         """Accuracy (a fraction) of each architecture on ``split`` of the task, without training.
 
         Networks with BatchNorm are scored as :meth:`calibrated` makes them, with statistics from ``samples`` samples.
+        On a task that shows the whole graph each time, what several networks compute alike is computed once.
         """
-        scores = []
-        for architecture in architectures:
-            plain = not self.has_batch_norm(architecture)
-            model = self.subnet(architecture) if plain else self.calibrated(architecture, samples)
-            scores.append(self.task.score(model, split)["accuracy"])
+        found = [Architecture(architecture) for architecture in architectures]
+        structures = [self._structure(architecture) for architecture in found]
+        scores = [0.0] * len(found)
+        scorer = self._scorer()
+        order = list(range(len(found)))
+        if scorer is not None:
+            order.sort(key=lambda i: scorer.order(structures[i]))
+        for i in order:
+            model: nn.Module
+            if scorer is None:
+                model = Subnet(self, found[i], structures[i], self._measured(structures[i], samples))
+            else:
+                model = _Scored(self, found[i], structures[i], scorer)
+            scores[i] = self.task.score(model, split)["accuracy"]
         return scores
+
+    def _measured(self, structure: Structure, samples: int) -> dict[str, Tensor]:
+        """Statistics of the BatchNorm layers."""
+        if not structure.has_batch_norm:
+            return {}
+        self._forget()
+        found = self._statistics.get((structure, samples))
+        if found is None:
+            with torch.no_grad():
+                found = structure.measured(self._calibration(samples), self._slices(structure))
+            _keep(self._statistics, (structure, samples), found)
+        return found
+
+    def _calibration(self, samples: int) -> list[tuple[Tensor, ...]]:
+        whole = self._whole()
+        if whole is not None:
+            return [whole]
+        if samples not in self._batches:
+            n = math.ceil(samples / 32)
+            self._batches = {samples: [self.task.batch(32, _batch_seed(self.seed, i)).inputs for i in range(n)]}
+        return self._batches[samples]
+
+    def _whole(self) -> tuple[Tensor, ...] | None:
+        """What each batch of the task shows, if all show the same."""
+        if self._shown is None:
+            one, other = (self.task.batch(1, seed).inputs for seed in (0, 1))
+            self._shown = one if all(a is b for a, b in zip(one, other, strict=True)) else ()
+        return self._shown or None
+
+    def _scorer(self) -> Scorer | None:
+        self._forget()
+        whole = self._whole()
+        if whole is None:
+            return None
+        if self._kept is None or any(a is not b for a, b in zip(self._kept.inputs, whole, strict=True)):
+            self._kept = Scorer(self.store, whole)
+        return self._kept
+
+    def _forget(self) -> None:
+        """What was computed from the store, if it has changed since."""
+        state = [int(_bits(parameter.detach()).sum(dtype=torch.long)) for parameter in self.store.values()]
+        if state != self._state:
+            self._statistics.clear()
+            self._kept = None
+            self._state = state
 
     def rank_report(self, truth: Callable[[Architecture], float], *args: Any, **kwargs: Any) -> RankReport:
         """Hold the ranking of :meth:`evaluate` against ``truth``: see :func:`nasgraph.ranking.rank_report`."""
@@ -309,9 +351,15 @@ class Subnet(nn.Module):
     BatchNorm uses the statistics of the batch and forgets them; in evaluation mode it has those of a new network.
     """
 
-    def __init__(self, supernet: Supernet, architecture: Architecture, structure: Structure) -> None:
+    def __init__(
+        self,
+        supernet: Supernet,
+        architecture: Architecture,
+        structure: Structure,
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.architecture = architecture
+        self.architecture, self._statistics = architecture, statistics
         self._view = (supernet, structure)  # in a tuple, so that no module or parameter is registered
 
     def slices(self) -> dict[str, Tensor]:
@@ -320,7 +368,22 @@ class Subnet(nn.Module):
         return supernet._slices(structure)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self._view[1].run(inputs, self.slices(), self.training)
+        return self._view[1].run(inputs, self.slices(), self.training, self._statistics)
+
+
+class _Scored(nn.Module):
+    """A subnet in evaluation mode. What a scorer has as inputs is left to it."""
+
+    def __init__(self, supernet: Supernet, architecture: Architecture, structure: Structure, scorer: Scorer) -> None:
+        super().__init__()
+        self._of = (supernet, architecture, structure, scorer)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        supernet, architecture, structure, scorer = self._of
+        if all(a is b for a, b in zip(inputs, scorer.inputs, strict=True)):
+            return scorer.output(structure)
+        out: Tensor = Subnet(supernet, architecture, structure, supernet._measured(structure, SAMPLES)).eval()(*inputs)
+        return out
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
@@ -358,6 +421,11 @@ def _keep(cache: OrderedDict[Any, Any], key: Any, thing: Any) -> None:
     cache[key] = thing
     if len(cache) > STRUCTURES:
         cache.popitem(last=False)
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As whole numbers, so that a sum over them changes with any bit."""
+    return tensor.view(torch.int32 if tensor.element_size() == 4 else torch.uint8)
 
 
 def _batch_seed(seed: int, i: int) -> int:
