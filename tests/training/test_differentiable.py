@@ -21,6 +21,7 @@ from nasgraph.errors import ConfigError, NotFinite, SpaceError
 from nasgraph.ops import Zero, concat
 from nasgraph.search_spaces.gnn_node import gnn_node
 from nasgraph.search_spaces.nasbench201 import cell_space
+from nasgraph.search_spaces.transformer import transformer_encoder
 from nasgraph.space import Architecture, Call, Choice, Label, Op, SearchSpace, Switch
 from nasgraph.supernet import Supernet
 from nasgraph.tasks.batch import Batch
@@ -88,6 +89,10 @@ def gnn() -> SearchSpace:
     return gnn_node(7, 4, layers=2, widths=(8, 16))
 
 
+def attention() -> SearchSpace:
+    return transformer_encoder(layers=1, widths=(8, 16), head_width=8)
+
+
 def example(space: SearchSpace) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     if "edge_index" in space.inputs:
@@ -127,7 +132,7 @@ def alone(supernet: Supernet, architecture: Architecture, inputs: tuple[Tensor, 
 
 
 @pytest.mark.parametrize("options", [{}, {"superpose": False}, {"align": "interpolate"}], ids=str)
-@pytest.mark.parametrize("make", [small_cnn, awkward, gnn, cell_space])
+@pytest.mark.parametrize("make", [small_cnn, awkward, gnn, cell_space, attention])
 def test_one_hot_weights_are_the_subnet(make: Callable[[], SearchSpace], options: dict[str, Any]) -> None:
     space = make()
     supernet, rng = randomised(space), random.Random(0)
