@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from torch import fx
+
+from nasgraph import config
+from nasgraph.supernet import Supernet
+from nasgraph.training.fewshot import FewShot
+from nasgraph.training.splitting import LARGEST, MEASURES, lid_distances
 
 PAGE = Path(__file__).parents[1] / "docs" / "few_shot.md"
 
@@ -25,13 +32,16 @@ def test_the_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names["small"].choices["norm"].labels == ("layer",)
 
 
+def test_the_config_is_read() -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    found = config.Supernet.model_validate(yaml.safe_load(text)["supernet"]).split
+    assert found is not None and (found.by, found.leaves, found.epochs) == ("gradients", 2, 100)
+    arguments = inspect.signature(FewShot.split).parameters
+    for name, field in config.Split.model_fields.items():
+        assert name == "epochs" or arguments[name].default == field.default
+
+
 def test_the_page_says_what_the_code_says() -> None:
-    import inspect
-
-    from nasgraph.supernet import Supernet
-    from nasgraph.training.fewshot import FewShot
-    from nasgraph.training.splitting import LARGEST, MEASURES, lid_distances
-
     text = PAGE.read_text(encoding="utf-8")
     assert all(f'`"{name}"`' in text for name in MEASURES) and f"up to {LARGEST} options" in text
     defaults = {name: p.default for name, p in inspect.signature(FewShot.split).parameters.items()}

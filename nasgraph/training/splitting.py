@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nasgraph.tasks.batch import Batch
 
 LARGEST = 20  # options of a choice whose groupings are all tried
-ROWS = 1024  # points whose intrinsic dimension is measured, at most
+ROWS = 256  # points whose intrinsic dimension is measured, at most
 
 Measure = Callable[[Supernet, Sequence[Architecture], "Batch", frozenset[str], int], Tensor]
 """``(supernet, architectures, batch, own, seed)`` -> distances ``(n, n)`` of ``n`` architectures that differ in one
@@ -70,7 +70,7 @@ def lid_distances(
 
     Layers are the modules that all architectures have, and the output. They run as in evaluation, with the batch's
     statistics in BatchNorm. Samples are those of the batch; of a tensor with other rows (nodes of several graphs) its
-    first 1,024 rows.
+    first 256 rows.
 
     Args:
         k: neighbours, see :func:`lid`; fewer if there are not so many samples.
