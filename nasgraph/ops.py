@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,40 @@ class SparseDropout(nn.Dropout):
         if 4 * len(where[0]) > input.numel():
             return super().forward(input)
         return torch.zeros_like(input).index_put(where, F.dropout(input[where], self.p))
+
+
+class KernelTransformConv2d(nn.Conv2d):
+    """A convolution whose smaller kernels a supernet computes from the larger (Cai et al., Once-for-All, ICLR 2020).
+
+    Of the sizes that the space offers, say 7, 5 and 3: ``w5 = T75 vec(centre5(w7))`` and ``w3 = T53 vec(centre3(w5))``,
+    with matrices of 25 x 25 and 9 x 9 for each layer, shared by its channels, that are learned from the identity on.
+    Everywhere else it is ``nn.Conv2d``, and that is what extraction gives. Kernels are square.
+    """
+
+    alone = nn.Conv2d
+
+    @staticmethod
+    def extra_stored(forms: Sequence[nn.Module]) -> dict[str, Tensor]:
+        sizes = {form.kernel_size for form in forms if isinstance(form, nn.Conv2d)}
+        if any(height != width for height, width in sizes):
+            raise ValueError(f"KernelTransformConv2d has square kernels, not {sorted(sizes)}")
+        sides = sorted((side for side, _ in sizes), reverse=True)
+        return {f"transform_{a}_{b}": torch.eye(b * b) for a, b in zip(sides, sides[1:], strict=False)}
+
+    def computed_rule(self, name: str, stored: Tensor, extra: Mapping[str, Tensor]) -> Tensor | None:
+        if name != "weight":
+            return None
+        shape = tuple(self.weight.shape)
+        channels = shape[:2] if stored.dim() == 4 else (self.groups, shape[0] // self.groups, shape[1])
+        kernel = stored[tuple(slice(0, size) for size in channels)]
+        for transform in extra.values():
+            side = round(transform.shape[0] ** 0.5)
+            if side < shape[-1]:
+                break
+            start = (kernel.shape[-1] - side) // 2
+            centre = kernel[..., start : start + side, start : start + side]
+            kernel = (centre.flatten(-2) @ transform.T).reshape(centre.shape)
+        return kernel.reshape(shape)
 
 
 def add(first: Tensor, *rest: Tensor) -> Tensor:

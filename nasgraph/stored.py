@@ -31,7 +31,11 @@ def start(forms: list[Variant], node: str, option: str, seed: int) -> dict[str, 
             places = taken(cuts[name], numbered(sizes[name]))[fresh[name]]
             stored[name].view(-1)[places] = parameter.detach()[fresh[name]]
             free[name].view(-1)[places] = False
-    for name, tensor in extra_stored([form.module for form in forms]).items():
+    try:
+        extra = extra_stored([form.module for form in forms])
+    except ValueError as error:
+        raise SpaceError(f"node '{node}', option '{option}': {error}") from error
+    for name, tensor in extra.items():
         if name in stored:
             raise SpaceError(f"{called(node, option, name)} is a parameter, and extra_stored has one of this name")
         stored[name] = tensor

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nasgraph import checkpoint as checkpoints
-from nasgraph.build import _made, _Shapes, build_graph, node_seed
+from nasgraph.build import Made, _each, _made, _Shapes, build_graph, node_seed
 from nasgraph.canonical import simplify
 from nasgraph.errors import ConfigError, SpaceError
 from nasgraph.scoring import Scorer
@@ -131,6 +131,9 @@ class Supernet:
         with torch.no_grad():
             for name, piece in self._slices(structure).items():
                 own[name].copy_(piece)
+        for module in model.modules():
+            module.__class__ = getattr(type(module), "alone", type(module))
+        model.meta["calls"] = {name: _alone(made) for name, made in model.meta["calls"].items()}
         return model
 
     def params(self, architecture: Mapping[str, Label]) -> int:
@@ -421,6 +424,11 @@ def _keep(cache: OrderedDict[Any, Any], key: Any, thing: Any) -> None:
     cache[key] = thing
     if len(cache) > STRUCTURES:
         cache.popitem(last=False)
+
+
+def _alone(made: Made) -> Made:
+    """An operation that only a supernet needs becomes what it is alone."""
+    return Made(getattr(made.make, "alone", made.make), _each(made.kwargs, Made, _alone))
 
 
 def _bits(tensor: Tensor) -> Tensor:
