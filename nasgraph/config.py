@@ -60,6 +60,24 @@ class Screen(_Keys):
     samples: int = Field(32, ge=2, description="labelled training samples that a proxy sees")
 
 
+class Split(_Keys):
+    """Few-shot supernets: the store is split where options pull apart, and each part trains on alone."""
+
+    by: Literal["gradients", "lid"] = Field("gradients", description="how far apart options are")
+    leaves: int = Field(2, ge=2, description="parts, a power of 2")
+    epochs: int | None = Field(None, ge=1, description="of each part after the split; default: as many as before it")
+    repeats: int = Field(20, ge=1, description="random networks that each option is measured in")
+    samples: int = Field(128, ge=2, description="training samples that each of them sees")
+    balanced: bool = Field(False, description="groups of options differ in size by at most one")
+
+    @field_validator("leaves")
+    @classmethod
+    def _power(cls, value: int) -> int:
+        if value & (value - 1):
+            raise ValueError("a power of 2 is needed: parts are halved")
+        return value
+
+
 class Supernet(_Keys):
     """A weight-sharing supernet: trained once, it scores every candidate without training."""
 
@@ -75,6 +93,7 @@ class Supernet(_Keys):
     reduction: Literal["sum", "mean"] = Field("sum", description="how a step's gradients become one update")
     checkpoint_every: int = Field(20, ge=1, description="epochs between two checkpoints")
     samples: int = Field(2048, ge=2, description="training samples for the BatchNorm statistics of a candidate")
+    split: Split | None = None
 
 
 class Differentiable(BaseModel):
@@ -247,7 +266,7 @@ def _first(error: ValidationError) -> str:
 def _fields(location: Sequence[str]) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         **{"train": Train, "screen": Screen, "search": Search, "final": Final},
-        **{"supernet": Supernet, "differentiable": Differentiable},
+        **{"supernet": Supernet, "differentiable": Differentiable, "split": Split},
     }
     model: type[BaseModel] = Config
     for part in location:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from nasgraph.space import Label
     from nasgraph.supernet import Supernet
+    from nasgraph.training.fewshot import FewShot
 
 SIGMAS = (0.001, 0.003, 0.006)  # those of GeNAS
 EPS = 1e-5
@@ -91,7 +92,7 @@ def losses_around(
 
 
 def subnet_flatness(
-    supernet: Supernet,
+    supernet: Supernet | FewShot,
     architecture: Mapping[str, Label],
     sigmas: Sequence[float] = SIGMAS,
     draws: int = 2,

@@ -1,7 +1,8 @@
 """The supernet of a run: made from its config, trained before the study, kept in the run's folder.
 
-``supernet/`` in the folder holds the last checkpoint and ``history.csv``, the loss of each step. A training that was
-ended by anything goes on from the checkpoint, to the same bits on one device and number of threads.
+``supernet/`` in the folder holds the last checkpoint and ``history.csv``, the loss of each step; ``supernet/split`` its
+parts, if it was split. A training that was ended by anything goes on from the checkpoint, to the same bits on one
+device and number of threads.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +22,14 @@ from nasgraph.run import writing
 from nasgraph.space import SearchSpace
 from nasgraph.supernet import Supernet
 from nasgraph.training import TrainSettings
+from nasgraph.training.fewshot import FILE as FEW_SHOT
+from nasgraph.training.fewshot import FewShot
 
 if TYPE_CHECKING:
     from nasgraph.tasks import Task
     from nasgraph.training.policies import Policy
 
-HISTORY = "history.csv"
+HISTORY, SPLIT = "history.csv", "split"
 WHOLE = 2**31  # samples: more than any task has
 
 Row = tuple[int, float, float]  # step from 1, loss of its first architecture, mean over its architectures; in nats
@@ -36,8 +40,9 @@ class Pretraining:
     """A supernet that is trained, or to be trained, as ``settings`` say.
 
     Attributes:
+        parts: what it was split into, if it is to be split and trained that far.
         epoch: steps in one pass over the training set.
-        steps: updates in all.
+        steps: updates before a split.
         history: a row for each step done.
     """
 
@@ -46,15 +51,25 @@ class Pretraining:
     training: TrainSettings
     seed: int
     supernet: Supernet
+    parts: FewShot | None
     policy: Policy
     epoch: int
     steps: int
     history: list[Row]
 
     @property
-    def done(self) -> bool:
-        """Whether nothing is left to train."""
-        return self.supernet.step >= self.steps
+    def step(self) -> int:
+        """Updates done, those of all parts included."""
+        return self.supernet.step + (self.parts.step if self.parts else 0)
+
+    @property
+    def total(self) -> int:
+        """Updates to do in all."""
+        split = self.settings.split
+        return self.steps + (split.leaves * self._part_steps(split) if split else 0)
+
+    def _part_steps(self, split: config.Split) -> int:
+        return (split.epochs or self.settings.epochs) * self.epoch
 
     def train(self, on_step: Callable[[str], None]) -> None:
         """Train what is left; write checkpoint and history.
@@ -64,39 +79,44 @@ class Pretraining:
 
         Raises: SearchStopped: a loss or a gradient is NaN or infinite; the last good checkpoint is kept.
         """
-        every, begun = self.settings.checkpoint_every * self.epoch, self.supernet.step
-        start = time.monotonic()
+        every, begun, start = self.settings.checkpoint_every * self.epoch, self.step, time.monotonic()
 
-        def step_done(step: int, losses: Sequence[float]) -> None:
-            self.history.append((step + 1, losses[0], sum(losses) / len(losses)))
-            if (step + 1) % every == 0 or step + 1 == self.steps:  # before the checkpoint: a row more does no harm
+        def told(before: int, length: int, step: int, losses: Sequence[float]) -> None:
+            """``before``: steps of earlier stages; a stage has ``length``."""
+            number, own = before + step + 1, step % length + 1
+            self.history.append((number, losses[0], sum(losses) / len(losses)))
+            if own % every == 0 or own == length:  # before the checkpoint: a row more does no harm
                 self._write_history()
-            rate = (step + 1 - begun) / max(1e-9, time.monotonic() - start)
+            rate = (number - begun) / max(1e-9, time.monotonic() - start)
             on_step(f"loss {losses[0]:.3f}, {rate:.1f} steps/s")
 
+        how: dict[str, Any] = {"settings": self.training, "seed": self.seed, "reduction": self.settings.reduction}
+        how |= {"samples": self.settings.batch, "every": every}
+        split = self.settings.split
         try:
-            self.supernet.train(
-                self.policy,
-                self.steps,
-                settings=self.training,
-                seed=self.seed,
-                reduction=self.settings.reduction,
-                samples=self.settings.batch,
-                checkpoint=self.folder,
-                every=every,
-                on_step=step_done,
-            )
+            whole = partial(told, 0, self.steps)
+            self.supernet.train(self.policy, self.steps, checkpoint=self.folder, on_step=whole, **how)
+            if split is not None:
+                if self.parts is None:
+                    measure: dict[str, Any] = split.model_dump(include={"repeats", "samples", "balanced"})
+                    self.parts = FewShot.split(self.supernet, split.by, split.leaves, seed=self.seed, **measure)
+                steps = self._part_steps(split)
+                policy, place = self.settings.policy.name, self.folder / SPLIT
+                how |= {"arguments": _arguments(self.settings), "on_step": partial(told, self.steps, steps)}
+                self.parts.train(policy, steps, checkpoint=place, **how)
         except NotFinite as error:
             kept = f"the last good checkpoint is kept in {self.folder}" if exists(self.folder) else "none was kept yet"
             raise SearchStopped(f"the training of the supernet stopped: {error}; {kept}. Lower supernet.lr") from error
 
     def facts(self) -> dict[str, Any]:
         """For the manifest: what was trained, and the hash of each file of the checkpoint."""
+        splits = [{"choice": split.choice, "groups": split.groups} for split in self.parts.splits] if self.parts else []
         return {
             "policy": self.settings.policy.name,
-            "steps": self.supernet.step,
+            "steps": self.step,
             "steps_per_epoch": self.epoch,
-            "numbers": self.supernet.numel,
+            "numbers": (self.parts or self.supernet).numel,
+            "splits": splits,
             "loss": self.history[-1][1] if self.history else None,
             "sha256": _hashes(self.folder),
         }
@@ -119,25 +139,35 @@ def begin(settings: config.Config, space: SearchSpace, task: Task, folder: Path)
     if wanted is None:
         raise ConfigError("the config has no section supernet")
     training = TrainSettings(lr=wanted.lr, weight_decay=wanted.weight_decay, optimizer=wanted.optimizer)
-    supernet = load(settings, space, task, folder) if exists(folder) else _new(settings, space, task)
+    device = task.inputs[0].device
+    supernet = Supernet.load(folder, space, task) if exists(folder) else Supernet(space, task, settings.seed)
+    supernet.to(device)
+    split = (folder / SPLIT / FEW_SHOT).exists()
+    parts = FewShot.load(folder / SPLIT, space, task).to(device) if split else None
     epoch = 1
     if wanted.batch is not None:
         epoch = math.ceil(len(task.batch(WHOLE, settings.seed).target) / wanted.batch)
     steps = wanted.epochs * epoch
-    arguments = wanted.policy.arguments | ({} if wanted.distill is None else {"distill": wanted.distill})
     offered = {"space": space, "supernet": supernet, "steps": steps}
-    policy: Policy = registry.make("policies", wanted.policy.name, arguments, offered)
-    history = [row for row in read_history(folder) if row[0] <= supernet.step]
-    return Pretraining(folder, wanted, training, settings.seed, supernet, policy, epoch, steps, history)
+    policy: Policy = registry.make("policies", wanted.policy.name, _arguments(wanted), offered)
+    begun = Pretraining(folder, wanted, training, settings.seed, supernet, parts, policy, epoch, steps, [])
+    begun.history = [row for row in read_history(folder) if row[0] <= begun.step]
+    return begun
 
 
-def load(settings: config.Config, space: SearchSpace, task: Task, folder: Path) -> Supernet:
-    """The supernet in ``folder``, on the device of ``task``. Raises: as :func:`begin`; ConfigError: there is none."""
-    return Supernet.load(folder, space, task).to(task.inputs[0].device)
+def _arguments(settings: config.Supernet) -> dict[str, Any]:
+    """Of the policy."""
+    return settings.policy.arguments | ({} if settings.distill is None else {"distill": settings.distill})
 
 
-def _new(settings: config.Config, space: SearchSpace, task: Task) -> Supernet:
-    return Supernet(space, task, settings.seed).to(task.inputs[0].device)
+def load(settings: config.Config, space: SearchSpace, task: Task, folder: Path) -> Supernet | FewShot:
+    """What scores networks: the supernet in ``folder``, or its parts; on the device of ``task``.
+
+    Raises: as :func:`begin`; ConfigError: there is none.
+    """
+    if settings.supernet is None or settings.supernet.split is None:
+        return Supernet.load(folder, space, task).to(task.inputs[0].device)
+    return FewShot.load(folder / SPLIT, space, task).to(task.inputs[0].device)
 
 
 def exists(folder: Path) -> bool:
@@ -168,13 +198,19 @@ def read_history(folder: Path) -> list[Row]:
 
 
 def relax(
-    settings: config.Differentiable, supernet: Supernet, seed: int, on_step: Callable[..., None]
+    settings: config.Differentiable,
+    space: SearchSpace,
+    task: Task,
+    folder: Path,
+    seed: int,
+    on_step: Callable[..., None],
 ) -> dict[str, Any]:
-    """Differentiable search in ``supernet``, which is changed by it. Returns: what it found, for the manifest.
+    """Differentiable search in a copy of the supernet in ``folder``. Returns: what it found, for the manifest.
 
     Raises: ConfigError: an argument of the method is wrong. SearchStopped: a loss is NaN or infinite.
     """
-    offered = {"supernet": supernet, "steps": settings.steps, "seed": seed, "on_step": on_step}
+    copy = Supernet.load(folder, space, task).to(task.inputs[0].device)
+    offered = {"supernet": copy, "steps": settings.steps, "seed": seed, "on_step": on_step}
     start = time.monotonic()
     try:
         found = registry.make("relaxations", settings.method, settings.arguments, offered)
@@ -182,7 +218,7 @@ def relax(
         if isinstance(error.__cause__, NotFinite):
             raise SearchStopped(f"the differentiable search stopped: {error}. Lower its learning rate") from error
         raise
-    architecture = supernet.space.architecture(found.architecture)
+    architecture = space.architecture(found.architecture)
     return {
         "method": settings.method,
         "steps": settings.steps,

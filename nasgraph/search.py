@@ -212,8 +212,8 @@ def _learner(settings: Config, made: Parts, folder: Path) -> Pretraining | None:
 
 def _pretrain(run: Run, learner: Pretraining, display: Display) -> None:
     """Train the run's supernet."""
-    if not learner.done:
-        with _threads(run.config.threads), display.phase("supernet", learner.steps, learner.supernet.step) as phase:
+    if learner.step < learner.total:
+        with _threads(run.config.threads), display.phase("supernet", learner.total, learner.step) as phase:
             learner.train(phase.advance)
     run.facts.setdefault("supernet", learner.facts())
     _note(run, display)
@@ -224,9 +224,10 @@ def _relax(run: Run, made: Parts, display: Display) -> None:
     wanted = run.config.differentiable
     if wanted is None or "differentiable" in run.facts:
         return
-    copy = pretraining.load(run.config, made.space, made.task, run.folder / SUPERNET)
     with _threads(run.config.threads), display.phase(wanted.method, wanted.steps) as phase:
-        run.facts["differentiable"] = pretraining.relax(wanted, copy, run.config.seed, lambda *_: phase.advance())
+        place, seed = run.folder / SUPERNET, run.config.seed
+        found = pretraining.relax(wanted, made.space, made.task, place, seed, lambda *_: phase.advance())
+    run.facts["differentiable"] = found
     _note(run, display)
 
 

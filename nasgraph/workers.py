@@ -38,6 +38,7 @@ from nasgraph.training import TrainSettings
 if TYPE_CHECKING:
     from nasgraph.supernet import Supernet
     from nasgraph.tasks.batch import Batch
+    from nasgraph.training.fewshot import FewShot
 
 # Beside every proxy stand the two counts that it has to beat.
 BASELINE_PROXIES = ("params", "flops")
@@ -125,7 +126,7 @@ class Worker:
         return Evaluator(made.space, made.task, made.objectives, made.settings, tuple(self.config.seeds))
 
     @cached_property
-    def supernet(self) -> Supernet:
+    def supernet(self) -> Supernet | FewShot:
         """The run's supernet, read in this process at first use. Raises: ConfigError: the run has none."""
         if self.store is None:
             raise ConfigError("candidates are scored by a supernet, and none was named")

@@ -20,6 +20,7 @@ from nasgraph.errors import ConfigError, DamagedFile, SpaceError
 from nasgraph.objectives import Scored
 from nasgraph.run import Run
 from nasgraph.supernet import Supernet
+from nasgraph.training.fewshot import FewShot
 from nasgraph.workers import Worker, parts
 
 TINY = {
@@ -285,4 +286,34 @@ def test_a_stopped_training_is_not_taken_for_a_finished_one(tmp_path: Path) -> N
     with pytest.raises(KeyboardInterrupt):
         learner.train(interrupt)
     again = pretraining.begin(settings, made.space, made.task, tmp_path / "supernet")
-    assert (again.supernet.step, again.done, len(again.history)) == (3, False, 3)
+    assert (again.step, again.total, len(again.history)) == (3, 12, 3)
+
+
+def test_a_split_supernet_scores_by_its_parts_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    split = {"by": "gradients", "repeats": 1, "samples": 40, "epochs": 2}
+    search_few = {**TINY["search"], "trials": 4, "baseline": False, "finetune": 1}  # type: ignore[dict-item]
+    learner = {"policy": "uniform", "epochs": 2, "checkpoint_every": 1, "split": split}
+    settings = tiny(supernet=learner, search=search_few, final={"top": 1, "seeds": 1})
+    made = parts(settings)
+    learning = pretraining.begin(settings, made.space, made.task, Path("stopped"))
+
+    def interrupt(note: str) -> None:
+        if learning.step == 4 and learning.parts:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learning.train(interrupt)
+    again = pretraining.begin(settings, made.space, made.task, Path("stopped"))
+    assert (again.parts is not None, again.step, again.total) == (True, 3, 6)
+    again.train(lambda note: None)
+    assert search.start(settings, Path("run"), quiet=True) == 0
+    whole = pretraining.load(settings, made.space, made.task, Path("run/supernet"))
+    resumed = pretraining.load(settings, made.space, made.task, Path("stopped"))
+    assert isinstance(whole, FewShot) and isinstance(resumed, FewShot) and len(whole.leaves) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    for record in Run.open(Path("run")).records("search"):
+        assert record.values["val_accuracy"] == whole.evaluate([record.arch])[0]
+    about = manifest.read(Path("run/manifest.json"))["supernet"]
+    assert about["steps"] == 6 and len(about["splits"]) == 1
+    assert [row[0] for row in pretraining.read_history(Path("run/supernet"))] == list(range(1, 7))

@@ -17,6 +17,7 @@ from nasgraph.training.loop import Fit, TrainSettings
 if TYPE_CHECKING:
     from nasgraph.supernet import Supernet
     from nasgraph.tasks.base import Task
+    from nasgraph.training.fewshot import FewShot
 
 
 class SharedCandidate(Candidate):
@@ -32,7 +33,7 @@ class SharedCandidate(Candidate):
         arch: Mapping[str, Label],
         task: Task,
         settings: TrainSettings,
-        supernet: Supernet,
+        supernet: Supernet | FewShot,
         samples: int,
     ) -> None:
         super().__init__(space, arch, task, settings)
@@ -70,7 +71,7 @@ class SharedEvaluator(Evaluator):
         space: SearchSpace | Callable[[], SearchSpace],
         task: Task,
         objectives: Sequence[Objective | str],
-        supernet: Supernet,
+        supernet: Supernet | FewShot,
         samples: int,
     ) -> None:
         super().__init__(space, task, objectives)
