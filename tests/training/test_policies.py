@@ -383,7 +383,7 @@ def dice() -> SearchSpace:
 def test_bins_flatten_the_costs() -> None:
     space = dice()
     supernet = Supernet(space)
-    policy = Bins(space, supernet, bins=5, pool=400, every=0)
+    policy = Bins(space, supernet, bins=5, log=False, pool=400, every=0)
     edges = [min(map(supernet.params, policy.members[0])), max(map(supernet.params, policy.members[-1]))]
     assert edges == [8 * 4, 8 * 10]  # both ends of the space
 
@@ -437,8 +437,14 @@ def test_bins_of_ratios() -> None:
     supernet = Supernet(space)
     cost = {4: 1.0, 8: 4.0, 16: 10.0}
     for log, expected in ((False, [{4, 8}, {16}]), (True, [{4}, {8, 16}])):
-        policy = Bins(space, supernet, cost=lambda arch: cost[arch["first"]], bins=2, log=log, every=0)  # type: ignore[index]
+        policy = Bins(space, supernet, cost=lambda arch: cost[arch["first"]], bins=2, log=log, least=1, every=0)  # type: ignore[index]
         assert [{arch["first"] for arch in members} for members in policy.members] == expected
+    cost = {4: 1.0, 8: 2.0, 16: 100.0}
+    policy = Bins(space, supernet, cost=lambda arch: cost[arch["first"]], bins=9, log=False, least=1, every=0)  # type: ignore[index]
+    assert [{arch["first"] for arch in members} for members in policy.members] == [{4, 8}, {16}]  # none is empty
+    for least in (5, 15):
+        found = Bins(space, supernet, bins=9, least=least, every=0).members
+        assert sum(map(len, found)) == 36 and min(map(len, found)) >= least
     with pytest.raises(ConfigError, match="costs above 0"):
         Bins(space, supernet, cost=lambda arch: 0.0, log=True)
 

@@ -20,7 +20,7 @@ class Bins(Policy):
     """Architectures uniform in cost, a little more from bins that lag behind (after Zhang et al., ShiftNAS, 2023).
 
     Uniform decisions give costs like a sum of dice: hardly ever a small or a large network. So the range of costs is
-    cut into equal bins, and a step draws a bin and then one of a pool of architectures in it. The pool's decisions are
+    cut into bins, and a step draws a bin and then one of a pool of architectures in it. The pool's decisions are
     uniform each, but not independent: for each of its architectures one ratio ``t``, uniform in [0, 1], is drawn, and
     a size with ``m`` labels takes the one at ``Binomial(m - 1, t)``. So every bin gets members.
 
@@ -30,8 +30,10 @@ class Bins(Policy):
 
     Args:
         cost: of an architecture; default: its number of parameters.
-        bins: how many; those without an architecture are left out.
-        log: equal ratios of cost make a bin, not equal differences.
+        bins: how many.
+        log: the bins are equally wide in the logarithm of the cost; else in the cost itself, as in the paper, whose
+            costs differ less: where they differ a hundredfold, nearly all architectures are in the first bin.
+        least: a bin with fewer architectures of the pool is joined to the next: its few would be trained too often.
         n: architectures in a step.
         pool: how many architectures are drawn beforehand.
         every: steps between two measurements; 0: bins stay equally likely.
@@ -48,7 +50,8 @@ class Bins(Policy):
         supernet: Supernet,
         cost: Callable[[Architecture], float] | None = None,
         bins: int = 8,
-        log: bool = False,
+        log: bool = True,
+        least: int = 8,
         n: int = 1,
         pool: int = 512,
         every: int = 100,
@@ -59,7 +62,9 @@ class Bins(Policy):
         self.space, self.supernet, self.cost = space, supernet, cost or supernet.params
         self.n, self.every, self.seed = at_least("n", n, 1), at_least("every", every, 0), seed
         self.shift, self.decay = share("shift", shift), share("decay", decay)
-        self.members = self._filled(at_least("bins", bins, 1), at_least("pool", pool, 1), log)
+        self.members = self._filled(
+            at_least("bins", bins, 1), at_least("pool", pool, 1), log, at_least("least", least, 1)
+        )
         self.losses: list[float | None] = [None] * len(self.members)
 
     def probabilities(self) -> list[float]:
@@ -93,7 +98,7 @@ class Bins(Policy):
     def load(self, state: Mapping[str, Any]) -> None:
         self.losses = list(state["losses"])
 
-    def _filled(self, bins: int, pool: int, log: bool) -> list[list[Architecture]]:
+    def _filled(self, bins: int, pool: int, log: bool, least: int) -> list[list[Architecture]]:
         """The pool, by bins of cost."""
         order = by_size(self.space, self.supernet.params)
         rng = random.Random(f"pool/{self.seed}")
@@ -107,7 +112,16 @@ class Bins(Policy):
         found: list[list[Architecture]] = [[] for _ in range(bins)]
         for arch, cost in zip(drawn, costs, strict=True):
             found[min(bins - 1, int((cost - low) / width)) if width > 0 else 0].append(arch)
-        return [members for members in found if members]
+        joined: list[list[Architecture]] = []
+        for members in found:
+            if joined and len(joined[-1]) < least:
+                joined[-1] += members
+            else:
+                joined.append(members)
+        if len(joined) > 1 and len(joined[-1]) < least:
+            last = joined.pop()
+            joined[-1] += last
+        return joined
 
 
 def _spread(space: SearchSpace, order: Mapping[str, tuple[Label, ...]], rng: random.Random) -> Architecture:
