@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
+from nasgraph.ops import KernelTransformConv2d
 from nasgraph.space import Choice, Node, Op, SearchSpace, Switch
 
 STAGES = ((16, 1, 1, 2), (24, 2, 1, 3), (40, 2, 1, 3))
@@ -52,11 +53,14 @@ class InvertedResidual(nn.Module):
     Shapes: ``(B, in_channels, H, W)`` -> ``(B, out_channels, ceil(H / stride), ceil(W / stride))``.
     """
 
+    conv: type[nn.Conv2d] = nn.Conv2d  # the depthwise one
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, expand: int, stride: int = 1) -> None:
         super().__init__()
         hidden = in_channels * expand
         self.expand = conv_bn_relu(in_channels, hidden, 1) if expand > 1 else nn.Identity()
-        self.depthwise = conv_bn_relu(hidden, hidden, kernel_size, stride, groups=hidden)
+        depthwise = self.conv(hidden, hidden, kernel_size, stride, kernel_size // 2, groups=hidden, bias=False)
+        self.depthwise = nn.Sequential(depthwise, nn.BatchNorm2d(hidden), nn.ReLU())
         self.project = nn.Sequential(nn.Conv2d(hidden, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels))
         self.adds = stride == 1 and in_channels == out_channels
 
@@ -65,12 +69,17 @@ class InvertedResidual(nn.Module):
         return x + out if self.adds else out
 
 
-def conv_bn_relu(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1
-) -> nn.Sequential:
+class TransformedResidual(InvertedResidual):
+    """:class:`InvertedResidual` whose smaller kernels a supernet computes from the larger; extracted, it is that."""
+
+    alone = InvertedResidual
+    conv = KernelTransformConv2d
+
+
+def conv_bn_relu(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Sequential:
     """Convolution without bias, BatchNorm, ReLU: ``(B, in, H, W)`` -> ``(B, out, ceil(H/stride), ceil(W/stride))``."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, groups=groups, bias=False),
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
         nn.BatchNorm2d(out_channels),
         nn.ReLU(),
     )
@@ -89,6 +98,7 @@ def mobilenet(
     first: int = 16,
     stages: Sequence[Sequence[int]] = STAGES,
     last: int = 128,
+    kernel_transform: bool = False,
 ) -> SearchSpace:
     """Networks of inverted residual blocks, as in Once-for-All (Cai et al., ICLR 2020); by default for small images.
 
@@ -105,6 +115,8 @@ def mobilenet(
         stem, stem_stride, first: channels and stride of the stem, channels of the first block.
         stages: channels, stride of the first block, least and most blocks of each.
         last: channels before the linear layer.
+        kernel_transform: in a supernet, smaller kernels are learned functions of the larger ones
+            (:class:`~nasgraph.ops.KernelTransformConv2d`) instead of their middles.
 
     Shapes: images ``(B, image_channels, image_size, image_size)`` -> logits ``(B, classes)``.
     Size: 2 x 2 x 90 x 819 x 819 = 241,473,960 architectures with the defaults.
@@ -127,7 +139,7 @@ def mobilenet(
         ends: dict[str, Node] = {}
         for j in range(1, most + 1):
             block = Op(
-                InvertedResidual,
+                TransformedResidual if kernel_transform else InvertedResidual,
                 out_channels=channels(full),
                 kernel_size=Choice(f"kernel{i}_{j}", list(kernels), ordered=True),
                 expand=Choice(f"expand{i}_{j}", list(expands), ordered=True),

@@ -157,6 +157,31 @@ def test_smaller_blocks_use_the_leading_channels_and_the_middle_of_the_kernel(su
     assert torch.equal(part["project.0.weight"], whole["project.0.weight"][:, :24])
 
 
+def test_transformed_kernels_start_as_middles_learn_and_leave_as_plain_convolutions() -> None:
+    """OFA's kernel transform: w5 = T75 vec(centre5(w7)), w3 = T53 vec(centre3(w5)), T = I at the start."""
+    supernet = Supernet(mobilenet(**SMALL, kernel_transform=True))
+    large = {name: choice.labels[-1] for name, choice in supernet.space.choices.items()}
+    small = supernet.space.architecture({**large, "kernel1_1": 3})
+    largest = supernet.extract(large).get_submodule("block1_1.depthwise.0").weight
+    assert torch.equal(supernet.extract(small).get_submodule("block1_1.depthwise.0").weight, largest[:, :, 2:5, 2:5])
+    first = supernet.store["block1_1", "TransformedResidual", "depthwise.0.transform_7_5"]
+    second = supernet.store["block1_1", "TransformedResidual", "depthwise.0.transform_5_3"]
+    images = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    supernet.subnet(small).train()(images).square().sum().backward()
+    for transform in (first, second):
+        assert transform.grad is not None and transform.grad.any()
+        with torch.no_grad():
+            transform.add_(torch.randn(transform.shape, generator=torch.Generator().manual_seed(1)))
+    model = supernet.extract(small)
+    five = (largest[:, 0, 1:6, 1:6].flatten(1) @ first.T).view(-1, 5, 5)
+    three = (five[:, 1:4, 1:4].flatten(1) @ second.T).view(-1, 1, 3, 3)
+    depthwise = model.get_submodule("block1_1.depthwise.0")
+    assert torch.allclose(depthwise.weight, three, atol=1e-5)
+    assert type(depthwise) is nn.Conv2d and type(model.get_submodule("block1_1")) is InvertedResidual
+    for arch in samples(supernet.space, 8):
+        assert torch.equal(supernet.extract(arch)(images), supernet.subnet(arch)(images)), arch
+
+
 def test_the_store_is_as_large_as_the_largest_network(supernet: Supernet) -> None:
     large = {name: choice.labels[-1] for name, choice in supernet.space.choices.items()}
     assert supernet.numel == supernet.params(large) == parameters(Architecture(large), 1, 3, 16, SMALL["stages"], 8)
