@@ -80,11 +80,11 @@ def interval(truth: np.ndarray, scores: np.ndarray, against: np.ndarray, resampl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1600, help="updates of each method, over all its stores")
-    parser.add_argument("--architectures", type=int, default=32, help="that are trained alone")
+    parser.add_argument("--steps", type=int, default=1200, help="updates of each method, over all its stores")
+    parser.add_argument("--architectures", type=int, default=20, help="that are trained alone")
     parser.add_argument("--designs", type=int, default=300, help="that are looked up in the benchmark's table")
     parser.add_argument("--seeds", type=int, default=3, help="of the supernets")
-    parser.add_argument("--repeats", type=int, default=10, help="networks that each option is measured in")
+    parser.add_argument("--repeats", type=int, default=5, help="networks that each option is measured in")
     options = parser.parse_args()
     torch.set_num_threads(1)
     task = NodeTask("small_cora", small_cora)
