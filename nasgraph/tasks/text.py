@@ -87,8 +87,8 @@ class TextTask(LoadedTask[Text]):
 
     @property
     def notes(self) -> dict[str, str]:
-        """What the user of an exported model has to know."""
-        return {"characters, in the order of their numbers": repr(self.data.characters)}
+        """What the user of an exported model has to know: the characters in the order of their numbers."""
+        return {"characters": self.data.characters}
 
     def batch(self, n: int, seed: int) -> Batch:
         """``n`` windows of the training part; as many as fit side by side, if those are fewer."""
