@@ -20,6 +20,7 @@ from nasgraph import registry
 from nasgraph.errors import ConfigError, NotFinite, SpaceError
 from nasgraph.ops import Zero, concat
 from nasgraph.search_spaces.gnn_node import gnn_node
+from nasgraph.search_spaces.mobilenet import mobilenet
 from nasgraph.search_spaces.nasbench201 import cell_space
 from nasgraph.search_spaces.transformer import transformer_encoder
 from nasgraph.space import Architecture, Call, Choice, Label, Op, SearchSpace, Switch
@@ -93,6 +94,12 @@ def attention() -> SearchSpace:
     return transformer_encoder(layers=1, widths=(8, 16), head_width=8)
 
 
+def transformed() -> SearchSpace:
+    """Kernels that are computed from larger ones, with BatchNorm, width, expansion, depth and resolution."""
+    stages = ((8, 2, 1, 2),)
+    return mobilenet(4, 3, 12, (8, 12), kernels=(3, 5), expands=(2, 3), stages=stages, last=8, kernel_transform=True)
+
+
 def example(space: SearchSpace) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(3)
     if "edge_index" in space.inputs:
@@ -132,7 +139,7 @@ def alone(supernet: Supernet, architecture: Architecture, inputs: tuple[Tensor, 
 
 
 @pytest.mark.parametrize("options", [{}, {"superpose": False}, {"align": "interpolate"}], ids=str)
-@pytest.mark.parametrize("make", [small_cnn, awkward, gnn, cell_space, attention])
+@pytest.mark.parametrize("make", [small_cnn, awkward, gnn, cell_space, attention, transformed])
 def test_one_hot_weights_are_the_subnet(make: Callable[[], SearchSpace], options: dict[str, Any]) -> None:
     space = make()
     supernet, rng = randomised(space), random.Random(0)
@@ -634,6 +641,27 @@ def test_without_a_read_out_what_destroys_the_features_wins() -> None:
     found = [coded(Supernet(planted_op(), Blobs()), 80, seed=seed, readout=False) for seed in range(3)]
     assert [result.architecture["op"] for result in found].count("linear") == 0
     assert all(math.isnan(loss) for loss, _ in found[0].history)
+
+
+@pytest.mark.parametrize("options", [{"sampler": "gdas"}, {"operations": "sample"}])
+def test_what_a_constraint_excludes_is_not_drawn(options: dict[str, Any]) -> None:
+    """Without ``h`` the head cannot be built on the rows' three numbers: the constraint says so."""
+    space = SearchSpace("excluded")
+    x = space.input("x", torch.zeros(4, 8), dynamic={0: "rows"})
+    h = space.add("h", Choice("op", {"linear": Op(nn.Linear, out_features=6), "zero": Op(Zero)}), x)
+    groups = Choice("groups", {"three": Op(nn.GroupNorm, num_groups=3), "two": Op(nn.GroupNorm, num_groups=2)})
+    space.output(space.add("head", Op(nn.Linear, out_features=4), space.add("norm", groups, h)))
+    space.constrain("three groups need six channels", lambda a: a.get("groups") != "three" or a["op"] == "linear")
+    for seed in range(3):
+        found = tangle(Supernet(space, Blobs()), 10, seed=seed, **options)  # type: ignore[arg-type]
+        assert not space.violated(found.architecture)
+
+
+@pytest.mark.parametrize("method", [tangle, two_path])
+def test_alphas_wait_for_the_warmup(method: Callable[..., Relaxed]) -> None:
+    found = method(Supernet(small(), Blobs()), 6, warmup=6)
+    assert all(max(p.values()) - min(p.values()) < 0.01 for p in found.probabilities.values())
+    assert all(math.isnan(val) and math.isfinite(train) for train, val in found.history)
 
 
 def test_a_weight_step_of_two_path_trains_one_path() -> None:

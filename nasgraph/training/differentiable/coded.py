@@ -159,7 +159,8 @@ def _last(mixture: Mixture) -> list[Key]:
     while left:
         place = mixture.places[left.pop()]
         for form in place.forms:
-            found.update(dict.fromkeys(key for key, _ in form.pieces.values()))
+            found.update(dict.fromkeys(piece.key for piece in form.pieces.values()))
+            found.update(dict.fromkeys(key for piece in form.pieces.values() for _, key in piece.extra))
             for source in () if form.pieces else form.sources:
                 if source in mixture.places and source not in seen:
                     seen.add(source)

@@ -29,13 +29,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nasgraph.build import _made, _Shapes
 from nasgraph.errors import ConfigError, SpaceError, did_you_mean
-from nasgraph.slicing import Cut, Shape, cut_for, taken
+from nasgraph.slicing import Shape, taken
 from nasgraph.space import ConcreteOp, Label, SearchSpace, Step
 from nasgraph.structure import without_numbers
 from nasgraph.variants import Cube, Tensors, _form, _joined, _merged, _readings, _ways, options
 
 if TYPE_CHECKING:
-    from nasgraph.structure import Key
+    from nasgraph.structure import Key, Piece
     from nasgraph.supernet import Supernet
 
 Weights = Mapping[str, Tensor]  # choice -> (labels,)
@@ -54,7 +54,7 @@ class Form:
     reads: tuple[Shape, ...]
     out: Shape
     module: nn.Module | None = None
-    pieces: dict[str, tuple[Key, Cut | None]] = field(default_factory=dict)  # by parameter
+    pieces: dict[str, Piece] = field(default_factory=dict)  # by parameter
     training: bool | None = None  # the mode of the module
 
 
@@ -214,8 +214,8 @@ class Mixture:
             result: Tensor = form.op.make(*sources, **form.op.kwargs)
             return result
         state: dict[str, Tensor] = {}
-        for name, (key, cut) in form.pieces.items():
-            state[name] = taken(cut, self.store[key])
+        for name, piece in form.pieces.items():
+            state[name] = piece.of(self.store)
             if name in group.gates and p is not None:
                 gate = group.gates[name]
                 share = gate.of @ (p / p.sum().clamp_min(torch.finfo(p.dtype).tiny))
@@ -288,9 +288,8 @@ class Mixture:
         form = Form(op, sources, tuple(shape for shape, _ in read), out)
         if not op.is_call:
             form.module = self._module(node, op, sources, read)
-            for name, parameter in form.module.named_parameters():
-                key, shape = (node, option, name), tuple(parameter.shape)
-                form.pieces[name] = (key, cut_for(form.module, name, tuple(self.store[key].shape), shape))
+            for name, _ in form.module.named_parameters():
+                form.pieces[name] = self.supernet._piece(node, option, name, form.module)
         return form
 
     def _module(self, node: str, op: ConcreteOp, sources: tuple[str, ...], read: tuple[Tensors, ...]) -> nn.Module:
@@ -332,7 +331,8 @@ class Mixture:
     def _groups(self, place: Place) -> list[Group]:
         families: dict[Any, list[int]] = {}
         for i, form in enumerate(place.forms):
-            together = self._superposes and not (form.pieces and self.align == "interpolate")
+            computed = any(piece.computed is not None for piece in form.pieces.values())
+            together = self._superposes and not computed and not (form.pieces and self.align == "interpolate")
             families.setdefault(_family(form) if together else i, []).append(i)
         groups = []
         for members in families.values():
@@ -361,22 +361,22 @@ class Mixture:
             of.append(same)
         if len(masks) == 1 and bool(masks[0].all()):
             return None
-        stacked = torch.stack(masks).to(self.store[largest.pieces[name][0]].dtype)
+        stacked = torch.stack(masks).to(self.store[largest.pieces[name].key].dtype)
         share = torch.zeros(len(masks), len(forms), dtype=torch.float64)
         share[of, range(len(forms))] = 1
         return Gate(stacked.to(self.supernet.device), share.to(self.supernet.device))
 
     def _mask(self, largest: Form, form: Form, name: str) -> Tensor:
         """Which entries of the largest form's parameter the form has."""
-        key, cut = largest.pieces[name]
-        numbered = torch.arange(self.store[key].numel()).reshape(self.store[key].shape)
-        used = torch.zeros(numbered.numel(), dtype=torch.bool)
-        used[taken(form.pieces[name][1], numbered).flatten()] = True
-        return used[taken(cut, numbered)]
+        shape = self.store[largest.pieces[name].key].shape
+        numbered = torch.arange(shape.numel()).reshape(shape)
+        used = torch.zeros(shape.numel(), dtype=torch.bool)
+        used[taken(form.pieces[name].cut, numbered).flatten()] = True
+        return used[taken(largest.pieces[name].cut, numbered)]
 
     def _same(self, largest: Form, form: Form) -> bool:
         """Is the form, padded, the largest form with its parameters padded? Tried once, on random numbers."""
-        stored = tuple(tuple(self.store[key].shape) for key, _ in largest.pieces.values())
+        stored = tuple(tuple(self.store[piece.key].shape) for piece in largest.pieces.values())
         sides = tuple((each.op.signature if each.op else "", each.reads, each.out) for each in (largest, form))
         question = (sides, stored, largest.sources if set(largest.sources) & set(self.space.inputs) else ())
         if question not in self._tried:
@@ -401,11 +401,11 @@ class Mixture:
         device = self.supernet.device
         small: dict[str, Tensor] = {}
         large: dict[str, Tensor] = {}
-        for name, (key, cut) in largest.pieces.items():
-            numbers = torch.randn(self.store[key].shape, generator=generator).mul_(0.5).to(device)
+        for name, piece in largest.pieces.items():
+            numbers = torch.randn(self.store[piece.key].shape, generator=generator).mul_(0.5).to(device)
             mask = self._mask(largest, form, name)
-            small[name] = taken(form.pieces[name][1], numbers)
-            large[name] = taken(cut, numbers) * mask.to(device)
+            small[name] = taken(form.pieces[name].cut, numbers)
+            large[name] = taken(piece.cut, numbers) * mask.to(device)
             if int(mask.sum()) != small[name].numel():
                 return False
         few: list[Tensor] = []
@@ -490,7 +490,7 @@ def _family(form: Form) -> Any:
 
 
 def _options_of(form: Form) -> tuple[Any, ...]:
-    return tuple((key[1], key[2]) for key, _ in form.pieces.values())
+    return tuple(piece.key[1:] for piece in form.pieces.values())
 
 
 def _without_sizes(thing: Any) -> str:

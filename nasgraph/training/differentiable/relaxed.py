@@ -40,8 +40,8 @@ class Relaxed:
         architecture: the most probable one that meets the space's constraints, choice by choice.
         probabilities: of each choice of the space, also of those that the architecture does not ask. A choice that the
             method does not learn, or that no gradient reached, has equal ones; then its first option was taken.
-        history: per step the training loss and the validation loss of what that step ran, in nats. A method that does
-            not train weights has NaN for the first.
+        history: per step the training loss and the validation loss of what that step ran, in nats; NaN for what it did
+            not run: the weights of a method that trains none, the alphas during ``warmup``.
     """
 
     architecture: Architecture

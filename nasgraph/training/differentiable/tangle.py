@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nasgraph.space import Label
+from nasgraph.space import TRIES, Label
 from nasgraph.supernet import Supernet
 from nasgraph.training.differentiable.mixture import Bound, Mixture, one_of
 from nasgraph.training.differentiable.relaxed import (
@@ -17,6 +19,7 @@ from nasgraph.training.differentiable.relaxed import (
     Parameters,
     Relaxed,
     WeightSteps,
+    active,
     alpha_optimizer,
     backward_through,
     chooses_parts,
@@ -84,8 +87,20 @@ def tangle(
     batches, store = Batches(supernet.task, samples, seed), WeightSteps(supernet, settings)
     adam = alpha_optimizer(alphas, alpha_lr, alpha_decay)
     history: list[Losses] = []
+    draws = bool(space.constraints) and (sampler == "gdas" or operations == "sample")
 
     def weigh(tau: float) -> tuple[dict[str, Tensor], Opened]:
+        """Drawn anew while what is drawn breaks a constraint, together with the most probable labels of the rest."""
+        for _ in range(TRIES):
+            found, opened = weighed(tau)
+            labels = {name: known[0] for name, known in alphas.labels.items()}
+            labels |= {name: alphas.labels[name][int(values.argmax())] for name, values in alphas.of.items()}
+            labels |= {name: next(iter(drawn)) for name, drawn in opened.items()}
+            if not draws or not space.violated(active(space, labels)):
+                break
+        return found, opened
+
+    def weighed(tau: float) -> tuple[dict[str, Tensor], Opened]:
         found, opened = {}, {}
         for name, values in alphas.of.items():
             if sampler == "gdas" or (operations == "sample" and chooses_parts(space.choices[name])):
@@ -102,19 +117,20 @@ def tangle(
     for step in range(steps):
         tau = temperature(temperatures, step, steps)
         with drawn_from(supernet, _seed(seed, step)):
-            weights, opened = weigh(tau)
-            batch = batches.val(step)
-            output = Bound(mixture, alphas.complete(weights), labels=opened, training=False)
-            loss = batch.losses(batch.outputs(output)).mean()
-            grads = gradients(loss, weights, step, "validation")
+            val = math.nan
             if step >= warmup and alphas.of:
-                backward_through(weights, grads, alphas.of)
+                weights, opened = weigh(tau)
+                batch = batches.val(step)
+                network = Bound(mixture, alphas.complete(weights), labels=opened, training=False)
+                loss = batch.losses(batch.outputs(network)).mean()
+                backward_through(weights, gradients(loss, weights, step, "validation"), alphas.of)
                 adam.step()
+                val = float(loss.detach())
             weights, opened = weigh(tau)
             batch = batches.train(step)
             detached = alphas.complete({name: w.detach() for name, w in weights.items()})
             train_loss = batch.losses(batch.outputs(Bound(mixture, detached, labels=opened, training=True))).mean()
-            history.append((store.take(train_loss, step), float(loss.detach())))
+            history.append((store.take(train_loss, step), val))
         if on_step is not None:
             on_step(step, history[-1])
     final = {name: concentration(values) for name, values in alphas.of.items()}

@@ -95,6 +95,8 @@ def two_path(
         return known[architecture]
 
     def architecture_step(step: int) -> float:
+        if adam is None or step < warmup or step % every:
+            return math.nan
         pairs = {name: pair(values) for name, values in alphas.of.items()}
         shares = {name: torch.softmax(values[pairs[name]], dim=0) for name, values in alphas.of.items()}
         path = _allowed(supernet, alphas, {name: (pairs[name], p) for name, p in shares.items()})
@@ -109,8 +111,6 @@ def two_path(
         network = Bound(mixture, alphas.complete(gates), training=False, labels=opened, path=path)
         value = batch.losses(batch.outputs(network)).mean()
         found = gradients(value, gates, step, "validation")
-        if adam is None or step < warmup or step % every:
-            return float(value.detach())
         slope, costs = 1.0, dict[str, Tensor]()
         if reference is not None:
             mass = {name: torch.softmax(v.detach(), dim=0)[pairs[name]].sum() for name, v in alphas.of.items()}
