@@ -35,6 +35,7 @@ from nasgraph.build import build
 from nasgraph.predictors.nas_bench_graph import Table
 from nasgraph.predictors.zero_cost import ntk_cond
 from nasgraph.ranking import Ranked, ranked
+from nasgraph.readout import ridge
 from nasgraph.search_spaces.nas_bench_graph import OPS, architecture, nas_bench_graph, preset
 from nasgraph.space import Architecture
 from nasgraph.supernet import Supernet
@@ -43,7 +44,18 @@ from nasgraph.tasks.node import NodeData, checked
 from nasgraph.training import TrainSettings
 
 GRAPHS = {"cora": ("Planetoid", "Cora"), "citeseer": ("Planetoid", "CiteSeer"), "computers": ("Amazon", "Computers")}
-POLICIES = ("uniform", "fair", "sandwich-kl", "sandwich-alpha", "progressive", "nested", "bins", "importance")
+POLICIES = (
+    "untrained",
+    "uniform",
+    "fair",
+    "sandwich-kl",
+    "sandwich-alpha",
+    "progressive",
+    "nested",
+    "bins",
+    "importance",
+)
+SCORES = ("accuracy", "loss", "readout", "cell")
 PATHS = {"fair": 9, "sandwich-kl": 4, "sandwich-alpha": 4, "progressive": 2, "nested": 2}  # architectures a step
 
 
@@ -67,8 +79,12 @@ class SparseTask(NodeTask):
         return self.rows, self.data.edge_index
 
 
-def score(supernet: Supernet, chosen: Architecture) -> tuple[float, float]:
-    """Accuracy and minus loss on the validation nodes, BatchNorm with the statistics of the whole graph.
+def score(supernet: Supernet, chosen: Architecture) -> dict[str, float]:
+    """Scores on the validation nodes, BatchNorm with the statistics of the whole graph; larger is better.
+
+    ``accuracy`` and ``loss`` (its negative) of the shared weights; ``readout``: accuracy with the last layer refitted
+    on the training nodes (:mod:`nasgraph.readout`); ``cell``: accuracy of such a readout of the cell's output, so that
+    only the cell's weights are shared ones.
 
     One forward pass: what ``Supernet.calibrated`` computes first and then runs again, but for the factor n / (n - 1) of
     the running variance.
@@ -76,11 +92,24 @@ def score(supernet: Supernet, chosen: Architecture) -> tuple[float, float]:
     task, model = supernet.task, supernet.extract(chosen).eval()
     for module in model.modules():
         module.train(isinstance(module, nn.BatchNorm1d))
+    seen: dict[str, Tensor] = {}
+    for column, layer in (("cell", "post"), ("readout", "head")):
+        model.get_submodule(layer).register_forward_pre_hook(lambda m, x, c=column: seen.update({c: x[0]}))
     with torch.no_grad():
-        batch = task.split("val")
-        outputs = batch.outputs(model)
-        accuracy = float((outputs.argmax(dim=1) == batch.target).float().mean())
-        return accuracy, -float(batch.losses(outputs).mean())
+        train, val = task.split("train"), task.split("val")
+        outputs = val.outputs(model)
+        found = {"accuracy": _accuracy(outputs, val.target), "loss": -float(val.losses(outputs).mean())}
+        for column, h in seen.items():
+            x, y = h[train.index].double(), F.one_hot(train.target).double()
+            spread = x.std(dim=0, correction=0)
+            scale = torch.where(spread > 1e-9 * spread.max(), 1 / spread.clamp(min=1e-300), 0.0)
+            weights, _ = ridge((x - x.mean(dim=0)) * scale, y - y.mean(dim=0))
+            found[column] = _accuracy((h[val.index].double() - x.mean(dim=0)) * scale @ weights, val.target)
+    return found
+
+
+def _accuracy(outputs: Tensor, target: Tensor) -> float:
+    return float((outputs.argmax(dim=1) == target).float().mean())
 
 
 def rows_of(table: Table, n: int, seed: int) -> list[Architecture]:
@@ -117,7 +146,7 @@ def measure(dataset: str, policy: str, seed: int, options: argparse.Namespace) -
     with contextlib.nullcontext() if dataset == "computers" else sparse_propagation():
         wall, cpu = time.perf_counter(), time.process_time()
         supernet = Supernet(space, task, seed)
-        losses = train(supernet, policy, options.paths, options, seed)
+        losses = [] if policy == "untrained" else train(supernet, policy, options.paths, options, seed)
         trained, trained_cpu = time.perf_counter() - wall, time.process_time() - cpu
         wall, cpu = time.perf_counter(), time.process_time()
         scores = [score(supernet, each) for each in chosen]
@@ -127,8 +156,8 @@ def measure(dataset: str, policy: str, seed: int, options: argparse.Namespace) -
         **{"dataset": dataset, "policy": policy, "seed": seed, "paths": options.paths, "n": options.n},
         "settings": {k: getattr(options, k) for k in ("lr", "weight_decay", "optimizer", "dropout", "split")},
         **{"train_s": trained, "train_cpu_s": trained_cpu, "score_s": scored, "score_cpu_s": scored_cpu},
-        **{"last_loss": sum(tail) / len(tail), "hash": [table.index(each) for each in chosen]},
-        **{"accuracy": [each[0] for each in scores], "loss": [each[1] for each in scores]},
+        **{"last_loss": sum(tail) / len(tail) if tail else None, "hash": [table.index(each) for each in chosen]},
+        **{name: [each[name] for each in scores] for name in SCORES},
         "load": os.getloadavg(),
     }
 
@@ -154,49 +183,46 @@ def proxy(dataset: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def row(found: dict[str, Any], column: str, table: Table) -> Ranked:
+    """A column of a run against ``valid_perf``."""
     truth = [float(table.valid_perf[i]) for i in found["hash"]]
     params = [float(table.para[i]) for i in found["hash"]]
-    return ranked(column, "supernet", found[column], truth, params)
+    return ranked(column, "supernet", found[column], truth, params, top=[max(1, found["n"] // 10)])
 
 
 def markdown(folder: Path) -> str:
-    """The table of what is in ``folder``."""
+    """The tables of what is in ``folder``."""
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    lines = [
-        "| graph | policy | seed | paths | n | Spearman, accuracy | Spearman, loss | Kendall, accuracy | given params "
-        "| top 10 % | mean accuracy | train, s | score, s |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines: list[str] = []
     for dataset in GRAPHS:
         mine = [run for run in runs if run["dataset"] == dataset]
         if not mine:
             continue
         table = Table(dataset)
-        widest = max(mine, key=lambda run: int(run["n"]))
-        truth = [float(table.valid_perf[i]) for i in widest["hash"]]
+        index = max(mine, key=lambda run: int(run["n"]))["hash"]
+        truth, params = ([float(column[i]) for i in index] for column in (table.valid_perf, table.para))
+        beside = []
         for name in ("para", "latency", "perf"):
-            column = [float(getattr(table, name)[i]) for i in widest["hash"]]
-            found = ranked(name, "size", column, truth, [float(table.para[i]) for i in widest["hash"]], top=[])
-            lines.append(
-                f"| {dataset} | {name} of the table | | | {found.n} | {_with(found.spearman, found.spearman_interval)} "
-                f"| | {found.kendall:+.2f} | | | | | |"
-            )
-        for run in sorted(mine, key=lambda run: (POLICIES + ("ntk_cond",)).index(run["policy"])):
-            k = max(1, run["n"] // 10)
-            truth = [float(table.valid_perf[i]) for i in run["hash"]]
-            params = [float(table.para[i]) for i in run["hash"]]
-            found = ranked("accuracy", "supernet", run["accuracy"], truth, params, top=[k])
-            loss = ranked("loss", "supernet", run["loss"], truth, params, top=[k]) if "loss" in run else None
-            is_proxy = run["policy"] == "ntk_cond"
-            cells = [
-                *(dataset, run["policy"], str(run["seed"]), "" if is_proxy else f"{run['paths']:,}", str(run["n"])),
-                _with(found.spearman, found.spearman_interval),
-                _with(loss.spearman, loss.spearman_interval) if loss else "",
-                *(f"{found.kendall:+.2f}", f"{found.partial:+.2f}", f"{found.top[k]:.2f}"),
-                "" if is_proxy else f"{sum(run['accuracy']) / run['n']:.3f}",
-                *("" if is_proxy else f"{run['train_s']:.0f}", f"{run['score_s']:.0f}"),
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+            found = ranked(name, "size", [float(getattr(table, name)[i]) for i in index], truth, params, top=[])
+            beside.append(f"{name} {_with(found.spearman, found.spearman_interval)}")
+        lines += [f"### {dataset}", "", f"Columns of the table, {len(index)} rows: {', '.join(beside)}.", ""]
+        lines.append(
+            "| policy | seed | paths | n | score | Spearman | Kendall | given params | top 10 % | mean accuracy "
+            "| train, s | score, s |"
+        )
+        lines.append("|---|---|---|---|---|---|---|---|---|---|---|---|")
+        for run in sorted(mine, key=lambda run: ((*POLICIES, "ntk_cond").index(run["policy"]), run["seed"])):
+            names = ("accuracy",) if run["policy"] == "ntk_cond" else SCORES
+            for name in names:
+                if run["policy"] == "untrained" and name in ("accuracy", "loss"):
+                    continue  # of a head that was never trained
+                found = row(run, name, table)
+                cells = [run["policy"], str(run["seed"]), f"{run.get('paths', 0):,}", str(run["n"]), name]
+                cells += [_with(found.spearman, found.spearman_interval), f"{found.kendall:+.2f}"]
+                cells += [f"{found.partial:+.2f}", f"{next(iter(found.top.values())):.2f}"]
+                cells.append(f"{sum(run[name]) / run['n']:.3f}" if name != "loss" else "")
+                cells += [f"{run.get('train_s', 0):.0f}", f"{run['score_s']:.0f}"]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
     return "\n".join(lines)
 
 
@@ -285,7 +311,9 @@ def main() -> None:
                 found = proxy(dataset, options) if policy == "ntk_cond" else measure(dataset, policy, seed, options)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(found) + "\n", encoding="utf-8")
-                print(f"{dataset} {policy} {seed}: {row(found, 'accuracy', Table(dataset)).spearman:+.3f}", flush=True)
+                names = ["accuracy"] if policy == "ntk_cond" else SCORES
+                said = ", ".join(f"{name} {row(found, name, Table(dataset)).spearman:+.3f}" for name in names)
+                print(f"{dataset} {policy} {seed}: {said}", flush=True)
 
 
 if __name__ == "__main__":

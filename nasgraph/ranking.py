@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nasgraph.run import Run
     from nasgraph.supernet import Supernet
     from nasgraph.tasks.base import Task
+    from nasgraph.training.fewshot import FewShot
 
 Array = NDArray[np.float64]
 Truth = Callable[[Architecture], float]
@@ -190,7 +191,7 @@ class RankReport:
 
 
 def rank_report(
-    supernet: Supernet,
+    supernet: Supernet | FewShot,
     truth: Truth,
     architectures: Iterable[Mapping[str, Label]] | None = None,
     n: int = 100,
@@ -214,7 +215,8 @@ def rank_report(
             the second is left out.
         proxies: names or functions ``(model, batch) -> float``. Sizes always stand beside them.
         scores: of the supernet: ``accuracy`` (:meth:`Supernet.evaluate`), ``loss`` (minus the validation loss, which
-            ties less often), ``flatness`` (:func:`nasgraph.flatness.subnet_flatness`).
+            ties less often), ``readout`` (accuracy with the last linear layer refitted:
+            :func:`nasgraph.readout.readout_accuracy`), ``flatness`` (:func:`nasgraph.flatness.subnet_flatness`).
         extra: further scores by name, each a function of an architecture; counted as the supernet's.
         top: numbers k of the top-k overlaps; those of at least the number of architectures are left out.
         samples: training samples for statistics of BatchNorm.
@@ -385,7 +387,7 @@ def _random(space: SearchSpace, n: int, seed: int) -> list[Architecture]:
 # ---- scores -----------------------------------------------------------------------------------------------------
 
 
-def _supernet_score(supernet: Supernet, name: str, samples: int) -> Callable[[Architecture], float]:
+def _supernet_score(supernet: Supernet | FewShot, name: str, samples: int) -> Callable[[Architecture], float]:
     if name == "accuracy":
         return lambda architecture: supernet.evaluate([architecture], samples=samples)[0]
     if name == "loss":
@@ -394,11 +396,15 @@ def _supernet_score(supernet: Supernet, name: str, samples: int) -> Callable[[Ar
         from nasgraph.flatness import subnet_flatness
 
         return lambda architecture: subnet_flatness(supernet, architecture, samples=samples)
-    raise ConfigError(f"unknown score of a supernet '{name}': accuracy, loss or flatness")
+    if name == "readout":
+        from nasgraph.readout import readout_accuracy
+
+        return lambda architecture: readout_accuracy(supernet, architecture, samples)
+    raise ConfigError(f"unknown score of a supernet '{name}': accuracy, loss, readout or flatness")
 
 
 def _proxy_score(
-    supernet: Supernet, proxy: str | Callable[..., float], samples: int, seed: int
+    supernet: Supernet | FewShot, proxy: str | Callable[..., float], samples: int, seed: int
 ) -> Callable[[Architecture], float]:
     """A proxy sees a new network of the architecture, started from ``seed``: nothing of the supernet."""
     function = registry.resolve("proxies", proxy) if isinstance(proxy, str) else proxy
@@ -414,7 +420,7 @@ def _proxy_score(
 def _scored(score: Callable[[Architecture], float], architecture: Architecture) -> float | None:
     try:
         value = float(score(architecture))
-    except NotFinite:
+    except ValueError:  # NotFinite is one
         return None
     return value if math.isfinite(value) else None
 

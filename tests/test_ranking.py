@@ -251,7 +251,7 @@ def test_loss_and_flatness_are_scores(supernet: Supernet) -> None:
 
 
 def test_bad_input(supernet: Supernet) -> None:
-    with pytest.raises(ConfigError, match="'acuracy': accuracy, loss or flatness"):
+    with pytest.raises(ConfigError, match="'acuracy': accuracy, loss, readout or flatness"):
         rank_report(supernet, size(supernet), n=4, scores=("acuracy",))
     with pytest.raises(ConfigError, match="Did you mean 'ntk_cond'"):
         rank_report(supernet, size(supernet), n=4, proxies=("ntk_con",))
