@@ -79,7 +79,7 @@ def readout_accuracy(
     split: str = "val",
     seed: int = 0,
 ) -> float:
-    """Accuracy on ``split`` of a subnet with its last linear layer refitted on ``samples`` training samples of ``seed``.
+    """Accuracy on ``split`` of a subnet whose last linear layer is refitted on ``samples`` training samples.
 
     Raises: ValueError: see :func:`refit`.
     """
