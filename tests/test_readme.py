@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = {
     "search": ["--set", "screen.candidates=4", "--set", "train.epochs=2", "--set", "final={top: 1, seeds: 1}"]
     + ["--set", "search.trials=4", "--quiet"],
+    "supernet": ["--set", "supernet.epochs=2", "--set", "search.finetune=1"],
     "resume": ["--quiet"],
     "score": ["-n", "3", "--quiet"],
 }
@@ -45,7 +46,8 @@ def test_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     run = [command[1:] for command in commands() if command[0] == "nasgraph"]
     assert len(run) >= 6
     for command in run:
-        assert main([*command, *SMALL.get(command[0], [])]) == 0, command
+        shared = SMALL["supernet"] if any("supernet" in word for word in command) else []
+        assert main([*command, *SMALL.get(command[0], []), *shared]) == 0, command
     assert (tmp_path / "results/mine/report.html").exists()
     assert (tmp_path / "gnn_node.svg").exists()
     assert (tmp_path / "scores.csv").exists()
