@@ -112,7 +112,10 @@ def moved(data: Data, device: str | torch.device) -> Data:
 
 
 class Shuffled:
-    """Mini-batches of the samples ``index``; each time it is iterated in another order, drawn from ``seed``."""
+    """Mini-batches of the samples ``index``; each time it is iterated in another order, drawn from ``seed``.
+
+    They are equally large, up to one sample and at most ``size``: a last batch of one would be hard on BatchNorm.
+    """
 
     def __init__(self, make: Callable[[Tensor], Batch], index: Tensor, size: int, seed: int) -> None:
         self.make, self.index, self.size = make, index, size
@@ -120,7 +123,7 @@ class Shuffled:
 
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.index), generator=self.generator).to(self.index.device)
-        for part in self.index[order].split(self.size):  # type: ignore[no-untyped-call]
+        for part in self.index[order].tensor_split(-(-len(order) // self.size)):
             yield self.make(part)
 
 

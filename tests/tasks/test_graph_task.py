@@ -89,7 +89,7 @@ def test_an_epoch_has_every_training_graph_once() -> None:
     shapes = task()
     batches = shapes.epochs(0)
     first, second = ([batch for batch in batches] for _ in range(2))
-    assert [len(batch.target) for batch in first] == [16, 16, 4]
+    assert [len(batch.target) for batch in first] == [12, 12, 12]
     for epoch in (first, second):
         sizes = torch.cat([batch.inputs[3] for batch in epoch])
         assert sizes.sort().values.equal(shapes.data.nodes[shapes.data.train].sort().values)
