@@ -657,6 +657,24 @@ def test_what_a_constraint_excludes_is_not_drawn(options: dict[str, Any]) -> Non
         assert not space.violated(found.architecture)
 
 
+def test_a_cost_is_not_asked_for_what_a_constraint_excludes() -> None:
+    def space() -> SearchSpace:
+        """Three groups do not fit into four channels."""
+        found = SearchSpace("groups")
+        x = found.input("x", torch.zeros(4, 8), dynamic={0: "rows"})
+        h = found.add("h", Op(nn.Linear, out_features=Choice("width", [3, 4, 6], ordered=True)), x)
+        groups = Choice("groups", [1, 3], ordered=True)
+        found.output(
+            found.add("head", Op(nn.Linear, out_features=4), found.add("n", Op(nn.GroupNorm, num_groups=groups), h))
+        )
+        found.constrain("whole groups", lambda a: int(a["width"]) % int(a["groups"]) == 0)  # type: ignore[call-overload]
+        return found
+
+    for method, target in ((two_path, {"reference": 20.0}), (distributions, {"target": 20.0})):
+        found = method(Supernet(space(), Blobs()), 20, alpha_lr=0.1, **target)  # type: ignore[operator, arg-type]
+        assert not space().violated(found.architecture)
+
+
 @pytest.mark.parametrize("method", [tangle, two_path])
 def test_alphas_wait_for_the_warmup(method: Callable[..., Relaxed]) -> None:
     found = method(Supernet(small(), Blobs()), 6, warmup=6)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nasgraph.errors import ConfigError
-from nasgraph.space import Architecture, Choice, Label, Node
+from nasgraph.space import TRIES, Architecture, Choice, Label, Node
 from nasgraph.supernet import Supernet
 from nasgraph.training.differentiable.mixture import Bound, Mixture
 from nasgraph.training.differentiable.relaxed import (
@@ -20,6 +20,7 @@ from nasgraph.training.differentiable.relaxed import (
     Parameters,
     Relaxed,
     WeightSteps,
+    active,
     alpha_optimizer,
     backward_through,
     drawn_from,
@@ -92,7 +93,14 @@ def distributions(
         return known[architecture]
 
     def draw(tau: float) -> tuple[dict[str, Tensor], dict[str, frozenset[Label]], dict[str, Label]]:
-        """Weights of all choices, the labels that are open, and of each the heavier."""
+        """Weights of all choices, the labels that are open, and of each the heavier; these meet the constraints."""
+        for _ in range(TRIES):
+            found = drawn(tau)
+            if not space.violated(active(space, found[2])):
+                break
+        return found
+
+    def drawn(tau: float) -> tuple[dict[str, Tensor], dict[str, frozenset[Label]], dict[str, Label]]:
         weights, opened, path = {}, {}, {}
         for name, labels in alphas.labels.items():
             if name in alphas.of:

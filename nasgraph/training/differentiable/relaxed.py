@@ -297,7 +297,8 @@ def surrogate_cost(
     """A cost whose value is that of ``path`` and whose gradient is that of ``sum_i share_i cost_i``, choice by choice.
 
     ``cost_i`` is the cost of the path with label ``i`` in place of its own, so any function of an architecture will do.
-    Over paths drawn by the shares, the gradient's mean is that of the expected cost.
+    Over paths drawn by the shares, the gradient's mean is that of the expected cost. A label that breaks a constraint
+    has the cost of the path: it may have none of its own.
 
     Args:
         shares: of each choice the differentiable probabilities of the labels that are open.
@@ -306,8 +307,9 @@ def surrogate_cost(
     total = torch.tensor(float(cost(found)), dtype=torch.float64)
     for name in found:
         for label, share in shares.get(name, {}).items():
-            other = float(cost(active(space, {**path, name: label})))
-            total = total.to(share.device) + (share - share.detach()) * other
+            other = active(space, {**path, name: label})
+            price = float(cost(found if space.violated(other) else other))
+            total = total.to(share.device) + (share - share.detach()) * price
     return total
 
 
