@@ -91,6 +91,7 @@ class Supernet(_Keys):
         None, description="what the other architectures of a step learn from its first; default: what the policy does"
     )
     reduction: Literal["sum", "mean"] = Field("sum", description="how a step's gradients become one update")
+    clip: float | None = Field(None, gt=0, description="each entry of an update's gradient is at most this")
     checkpoint_every: int = Field(20, ge=1, description="epochs between two checkpoints")
     samples: int = Field(2048, ge=2, description="training samples for the BatchNorm statistics of a candidate")
     split: Split | None = None

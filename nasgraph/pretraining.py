@@ -91,7 +91,7 @@ class Pretraining:
             on_step(f"loss {losses[0]:.3f}, {rate:.1f} steps/s")
 
         how: dict[str, Any] = {"settings": self.training, "seed": self.seed, "reduction": self.settings.reduction}
-        how |= {"samples": self.settings.batch, "every": every}
+        how |= {"clip": self.settings.clip, "samples": self.settings.batch, "every": every}
         split = self.settings.split
         try:
             whole = partial(told, 0, self.steps)

@@ -404,7 +404,9 @@ def test_bins_that_lag_are_drawn_more() -> None:
     space = dice()
     policy = Bins(space, Supernet(space), bins=4, pool=200, shift=0.5)
     assert policy.probabilities() == [0.25] * 4
-    policy.losses = [1.0, 0.5, 0.5, None]
+    policy.load({"losses": [1.0, 2.0]})
+    assert policy.losses == [None] * 4  # of a training with other bins
+    policy.load({"losses": [1.0, 0.5, 0.5, None]})
     assert policy.probabilities() == [0.25] * 4  # not measured yet
     policy.losses = [1.5, 1.0, 0.5, 0.5]  # gaps 1, 0.5, 0, 0
     assert policy.probabilities() == pytest.approx([0.125 + 1 / 3, 0.125 + 1 / 6, 0.125, 0.125])

@@ -96,7 +96,8 @@ class Bins(Policy):
         return {"losses": list(self.losses)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        self.losses = list(state["losses"])
+        if len(state["losses"]) == len(self.members):  # else of a training with other bins
+            self.losses = list(state["losses"])
 
     def _filled(self, bins: int, pool: int, log: bool, least: int) -> list[list[Architecture]]:
         """The pool, by bins of cost."""
