@@ -348,6 +348,21 @@ def test_moving_two_alphas_leaves_the_other_probabilities() -> None:
     assert (new[two] - old[two]).abs().min() > 1e-3
 
 
+def test_a_step_of_two_path_moves_two_probabilities_only() -> None:
+    found = two_path(Supernet(planted_op(), Blobs()), 1, alpha_lr=0.5)
+    changes = sorted(abs(p - 1 / 3) for p in found.probabilities["op"].values())
+    assert changes[0] < 1e-12 < 1e-3 < changes[1] == pytest.approx(changes[2])
+
+
+def test_decisions_that_make_no_architecture_are_refused() -> None:
+    space = SearchSpace("groups")
+    x = space.input("x", torch.zeros(4, 8), dynamic={0: "rows"})
+    space.output(space.add("norm", Op(nn.GroupNorm, num_groups=Choice("groups", [3, 4])), x))
+    with pytest.raises(SpaceError, match="the output has no form with the decisions that are open"):
+        mixture = Mixture(Supernet(space))
+        mixture(as_weights(space, {"groups": 3}), example(space), training=True, labels={"groups": frozenset([3])})
+
+
 def test_pairs_are_drawn_without_replacement_by_the_softmax() -> None:
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     n, counts = 20_000, dict.fromkeys(itertools.permutations(range(3), 2), 0)

@@ -186,6 +186,8 @@ class Mixture:
         training: bool,
     ) -> Tensor:
         place = self.places[name]
+        if not runs:
+            raise SpaceError(f"{_called(name)} has no form with the decisions that are open: they make no architecture")
         if len(place.forms) == 1:
             return self._run(*runs[0], None, values, training)
         p = place.probabilities(weights)
@@ -199,8 +201,7 @@ class Mixture:
             if len(group.members) < len(place.forms):
                 out = out * mine.sum().to(out.dtype)
             total = out if total is None else total + out
-        if total is None:
-            raise SpaceError(f"node '{name}' has no form with these decisions: they make no architecture")
+        assert total is not None
         return total
 
     def _run(self, group: Group, form: Form, p: Tensor | None, values: Mapping[str, Tensor], training: bool) -> Tensor:
@@ -303,10 +304,9 @@ class Mixture:
 
     def _place(self, name: str, found: dict[Any, Form], entries: list[tuple[Cube, Any, Tensors]]) -> Place:
         forms, numbers = list(found.values()), {key: i for i, key in enumerate(found)}
-        what = f"node '{name}'" if name else "the output"
         if len({(len(shape), dtype) for _, _, (shape, dtype) in entries}) > 1:
             raise SpaceError(
-                f"{what} is a tensor of another rank or type in another form: such options cannot be mixed"
+                f"{_called(name)} is a tensor of another rank or type in another form: such options cannot be mixed"
             )
         device = self.supernet.device
         form_of = torch.zeros(len(forms), len(entries), dtype=torch.float64, device=device)
@@ -480,6 +480,10 @@ def _set_mode(module: nn.Module, training: bool) -> None:
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             part.train()
+
+
+def _called(place: str) -> str:
+    return f"node '{place}'" if place != OUTPUT else "the output"
 
 
 def _family(form: Form) -> Any:
