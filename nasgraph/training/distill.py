@@ -27,7 +27,7 @@ def kl(student: Tensor, teacher: Tensor) -> Tensor:
 def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float, clip: float | None = None) -> Tensor:
     """``D_a = sum_c q (r^a - 1) / (a (a - 1))`` with ``r = p / q``, teacher ``p``, student ``q``, for each sample.
 
-    Limits: ``KL(p || q)`` at ``a = 1``, ``KL(q || p)`` at ``a = 0`` (Wang et al., AlphaNet, ICML 2021, section 3).
+    Limits: ``KL(p || q)`` at ``a = 1``, ``KL(q || p)`` at ``a = 0`` (Wang et al., AlphaNet, ICML 2021).
     The gradient is that of ``-sum_c stopgrad(q rho) log q`` with ``rho = r^a / a`` (``log r - 1`` at ``a = 0``): the
     gradient of ``D_a``, in a form in which ``r^a`` can be clipped.
 
@@ -55,7 +55,7 @@ def alpha_divergence(student: Tensor, teacher: Tensor, alpha: float, clip: float
 
 
 def adaptive_alpha(student: Tensor, teacher: Tensor, low: float = -1.0, high: float = 1.0, clip: float = 5.0) -> Tensor:
-    """For each sample the larger of two alpha-divergences, mean over samples (AlphaNet, section 3.2).
+    """For each sample the larger of two alpha-divergences, mean over samples (AlphaNet).
 
     The one at ``low`` punishes a student that is too sure, the one at ``high`` one that is not sure enough.
 

@@ -539,3 +539,53 @@ def small_ops() -> SearchSpace:
 def test_shares_are_checked(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 1.5: give a number from 0 to 1"):
         Importance(small_ops(), 10, **{name: 1.5})  # type: ignore[arg-type]
+
+
+# ---- the exam finds what is wrong -----------------------------------------------------------------------------------
+
+
+class Global(Uniform):
+    """Draws from the global generator."""
+
+    def sample(self, step: int, rng: random.Random) -> list[Architecture]:
+        return [self.space.sample(random.Random(random.random()))]
+
+
+class Unlawful(Uniform):
+    """Looks at no constraint."""
+
+    def sample(self, step: int, rng: random.Random) -> list[Architecture]:
+        return [self.space.architecture({"depth": "2", "kind1": "norm", "kind2": "norm", **WIDTHS})]
+
+
+WIDTHS = {"width1": 4, "width2": 4, "rate": 0.0}
+
+
+class Forgetful(Uniform):
+    """Repeats what it drew, and does not keep it."""
+
+    last: Architecture | None = None
+
+    def sample(self, step: int, rng: random.Random) -> list[Architecture]:
+        return [self.last or self.space.sample(rng)]
+
+    def observe(self, step: policies.Step) -> None:
+        (self.last,) = step.architectures
+
+
+@pytest.mark.parametrize(
+    ("policy", "question"),
+    [
+        (Global, "test_paths_depend_on_seed_and_step"),
+        (Unlawful, "test_paths_are_architectures_of_the_space"),
+        (Forgetful, "test_the_state_round_trips"),
+        (Forgetful, "test_a_resumed_training_has_the_same_bits"),
+    ],
+)
+def test_a_bad_policy_fails(policy: type[Uniform], question: str, tmp_path: Path) -> None:
+    class Exam(PolicyExam):
+        make = staticmethod(lambda space, supernet, steps: policy(space))
+
+    asked = getattr(Exam(), question)
+    with pytest.raises(AssertionError):
+        asked(tmp_path) if "bits" in question else asked()

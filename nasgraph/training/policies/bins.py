@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Bins(Policy):
-    """Architectures uniform in cost, a little more from bins that lag behind (after Zhang et al., ShiftNAS, 2023).
+    """Architectures uniform in cost, a little more from bins that lag behind (after Zhang et al., ShiftNAS, ICCV 2023).
 
     Uniform decisions give costs like a sum of dice: hardly ever a small or a large network. So the range of costs is
     cut into bins, and a step draws a bin and then one of a pool of architectures in it. The pool's decisions are

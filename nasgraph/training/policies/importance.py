@@ -15,7 +15,7 @@ Score = tuple[str, Label]  # choice, label
 
 
 class Importance(Policy):
-    """Operations are drawn as their gradients are large (Lu et al., PA&DA, CVPR 2023, section 3.2).
+    """Operations are drawn as their gradients are large (Lu et al., PA&DA, CVPR 2023).
 
     The score of an operation is the sum of the gradient norms of its parameters, a moving average over the steps that
     drew it. Of a choice between ``K`` operations, label ``o`` is drawn with the probability ::
