@@ -47,7 +47,9 @@ class Rows(torch.Tensor):
         """Each entry of the features zeroed with probability ``p``, the others divided by ``1 - p``."""
         old = self.features
         values = F.dropout(old.values(), p)
-        return Rows(torch.sparse_csr_tensor(old.crow_indices(), old.col_indices(), values, old.shape))
+        return Rows(
+            torch.sparse_csr_tensor(old.crow_indices(), old.col_indices(), values, old.shape, check_invariants=True)
+        )
 
     @classmethod
     def __torch_function__(
@@ -130,4 +132,8 @@ def _adjacency(layer: Any, edge_index: Tensor, x: Rows, data: Mapping[str, Any])
         values = values / torch.bincount(target, minlength=n).clamp(min=1)[target]
     elif layer.aggr not in ("sum", "add"):
         raise NotImplementedError(f"aggregation {layer.aggr!r}")
-    return torch.sparse_coo_tensor(torch.stack([target, source]), values, (n, n)).coalesce().to_sparse_csr()
+    return (
+        torch.sparse_coo_tensor(torch.stack([target, source]), values, (n, n), check_invariants=True)
+        .coalesce()
+        .to_sparse_csr()
+    )
