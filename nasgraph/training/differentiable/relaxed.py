@@ -65,11 +65,14 @@ class Parameters:
             if name not in fixed and len(choice.labels) > 1 and searched(choice)
         }
 
+        self.start = {name: values.detach().clone() for name, values in self.of.items()}
+
     def scatter(self, size: float, seed: int) -> Parameters:
         """Begin with normal numbers of this standard deviation; returns itself."""
         generator = torch.Generator().manual_seed(seed)
         for values in self.of.values():
             values.data = size * torch.randn(len(values), generator=generator, dtype=values.dtype).to(values.device)
+        self.start = {name: values.detach().clone() for name, values in self.of.items()}
         return self
 
     def complete(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,10 +89,11 @@ class Parameters:
         return found
 
     def relaxed(self, space: SearchSpace, weights: Mapping[str, Tensor], history: list[Losses]) -> Relaxed:
-        """The result, with the probabilities ``weights`` of the searched choices."""
+        """The result, with the probabilities ``weights`` of the searched choices; uniform where nothing moved."""
+        moved = {name: w.detach() for name, w in weights.items() if not torch.equal(self.of[name], self.start[name])}
         probabilities = {
             name: dict(zip(self.labels[name], values.tolist(), strict=True))
-            for name, values in self.complete({name: w.detach() for name, w in weights.items()}).items()
+            for name, values in self.complete(moved).items()
         }
         return Relaxed(most_probable(space, probabilities), probabilities, history)
 
