@@ -17,9 +17,11 @@ from networkx.algorithms.isomorphism import categorical_node_match
 from nasgraph import canonical
 from nasgraph.build import build
 from nasgraph.canonical import key, simplify, traits
+from nasgraph.catalogue import make_space
 from nasgraph.errors import SpaceError
 from nasgraph.search_spaces.nasbench201 import EDGES, cell_space, from_string, nasbench201, nor_conv, to_string
 from nasgraph.space import Architecture, Graph
+from nasgraph.tasks import digits_images
 
 KEYS = 5_875  # docs/canonical_key.md explains this number and the others of test_each_rule_explains_its_part
 
@@ -198,3 +200,12 @@ def test_stages_double_the_channels_and_halve_the_image():
         model.get_submodule(name).register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, o.shape[1:]))
     model(torch.zeros(1, 3, 32, 32))
     assert [tuple(shape) for shape in seen.values()] == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_images_of_a_task_are_taken_whatever_their_channels_and_size():
+    task = digits_images()
+    space = make_space("nasbench201", {"channels": 4, "cells": 1}, task.sizes)
+    model = build(space, from_string("|nor_conv_3x3~0|+|none~0|skip_connect~1|+|avg_pool_3x3~0|none~1|nor_conv_1x1~2|"))
+    assert space.inputs["image"].example.shape == (2, 1, 8, 8)
+    assert model.get_submodule("stem").weight.shape == (4, 1, 3, 3)
+    assert model(*task.batch(5, seed=0).inputs).shape == (5, 10)
