@@ -93,8 +93,10 @@ def score(supernet: Supernet, chosen: Architecture) -> dict[str, float]:
     for module in model.modules():
         module.train(isinstance(module, nn.BatchNorm1d))
     seen: dict[str, Tensor] = {}
-    for column, layer in (("cell", "post"), ("readout", "head")):
-        model.get_submodule(layer).register_forward_pre_hook(lambda m, x, c=column: seen.update({c: x[0]}))
+    for name, layer in model.named_children():
+        column = "readout" if name == "head" else "cell" if name.startswith("post") else None
+        if column is not None:
+            layer.register_forward_pre_hook(lambda m, x, c=column: seen.update({c: x[0]}))
     with torch.no_grad():
         train, val = task.split("train"), task.split("val")
         outputs = val.outputs(model)
@@ -140,7 +142,7 @@ def measure(dataset: str, policy: str, seed: int, options: argparse.Namespace) -
     task = kind(dataset, partial(graph, dataset, options.split))
     task.data  # noqa: B018  loading is not timed
     dropout = {} if options.dropout is None else {"dropout": options.dropout}
-    space = nas_bench_graph(dataset, **dropout)
+    space = nas_bench_graph(dataset, apart=options.apart, **dropout)
     table = Table(dataset)
     chosen = rows_of(table, options.n, options.rows_seed)
     with contextlib.nullcontext() if dataset == "computers" else sparse_propagation():
@@ -154,7 +156,7 @@ def measure(dataset: str, policy: str, seed: int, options: argparse.Namespace) -
     tail = losses[-max(1, len(losses) // 10) :]
     return {
         **{"dataset": dataset, "policy": policy, "seed": seed, "paths": options.paths, "n": options.n},
-        "settings": {k: getattr(options, k) for k in ("lr", "weight_decay", "optimizer", "dropout", "split")},
+        "settings": {k: getattr(options, k) for k in ("lr", "weight_decay", "optimizer", "dropout", "split", "apart")},
         **{"train_s": trained, "train_cpu_s": trained_cpu, "score_s": scored, "score_cpu_s": scored_cpu},
         **{"last_loss": sum(tail) / len(tail) if tail else None, "hash": [table.index(each) for each in chosen]},
         **{name: [each[name] for each in scores] for name in SCORES},
@@ -287,6 +289,7 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--optimizer", default="adam")
     parser.add_argument("--dropout", type=float, help="in place of the benchmark's")
+    parser.add_argument("--apart", action="store_true", help="weights of their own for what reads the raw input")
     parser.add_argument("--out", type=Path, default=Path("results/supernet_ranking"), help="a JSON file per supernet")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="print what lies there")
     parser.add_argument("--check", type=int, metavar="EPOCHS", help="compare features and trainings with the table")

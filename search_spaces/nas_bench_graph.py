@@ -83,6 +83,7 @@ def nas_bench_graph(
     classes: int | None = None,
     width: int | None = None,
     dropout: float | None = None,
+    apart: bool = False,
 ) -> SearchSpace:
     """Cells of NAS-Bench-Graph (Qin et al., NeurIPS 2022): 9 wirings of 4 nodes, 9 operations each.
 
@@ -94,6 +95,9 @@ def nas_bench_graph(
     Args:
         dataset: whose preset to use: cora, citeseer, pubmed, computers, physics.
         features, classes, width, dropout: in place of the preset's.
+        apart: the same networks, declared with more nodes: what a node does to the raw input and to other nodes, and
+            the layers after each set of leaves, have names, and so weights in a supernet, of their own. Otherwise the
+            weights of 256 hidden channels are those of the first 256 words.
 
     Shapes: x ``(nodes, features)``, edge_index ``(2, edges)`` -> logits ``(nodes, classes)``.
     Size: 59,049 architectures, 9 of them (skips only) excluded by a constraint; the others stand for 26,206 rows.
@@ -110,7 +114,7 @@ def nas_bench_graph(
         raw = space.add("pre", Op(nn.Linear, out_features=settings.width), raw)
     link = Choice("link", {_link_label(wiring): position for position, wiring in enumerate(LINKS)})
     ops = [Choice(f"op{i}", _operations(settings.width)) for i in range(1, 5)]
-    nodes = [raw]  # by number: 0 is the input
+    nodes: list[Source] = [raw]  # by number: 0 is the input
 
     def if_raw(node: int, wiring: Sequence[int], then: Source, otherwise: Source) -> Source:
         """``then`` where ``node`` passes the input on: it is the input, or skips from a node that passes it on."""
@@ -127,6 +131,12 @@ def nas_bench_graph(
         h = space.add(f"act{i}", Op(nn.ReLU), h)
         h = active = space.add(f"drop{i}", Op(nn.Dropout, p=settings.dropout), h)
         source: Source = active
+        if apart and not settings.pre:
+            first, later = (
+                space.add(f"{name}{i}", ops[i - 1], h, edges) for name, h in (("raw", raw), ("node", active))
+            )
+            nodes.append(by_link(lambda wiring, i=i, a=first, b=later: if_raw(wiring[i - 1], wiring, a, b)))
+            continue
         if not settings.pre:
             source = by_link(lambda wiring, i=i, h=h: if_raw(wiring[i - 1], wiring, raw, h))
         nodes.append(space.add(f"node{i}", ops[i - 1], source, edges))
@@ -141,13 +151,18 @@ def nas_bench_graph(
         if not kept:  # skips only: the constraint below excludes it
             return raw
         if kept not in gathered:
-            name = "leaves" + "".join(map(str, kept))
-            gathered[kept] = space.add(name, Call(concat), *(nodes[i] for i in kept))
+            name = "".join(map(str, kept))
+            gathered[kept] = space.add("leaves" + name, Call(concat), *(nodes[i] for i in kept))
+            if apart:
+                gathered[kept] = after(gathered[kept], "_leaves" + name)
         return gathered[kept]
 
-    h = space.add("act", Op(nn.ReLU), by_link(lambda wiring: gather(wiring, _leaves(wiring))))
-    if settings.post:
-        h = space.add("post", Op(nn.Linear, out_features=settings.width), h)
+    def after(h: Source, name: str = "") -> Node:
+        node = space.add("act" + name, Op(nn.ReLU), h)
+        return space.add("post" + name, Op(nn.Linear, out_features=settings.width), node) if settings.post else node
+
+    leaves = by_link(lambda wiring: gather(wiring, _leaves(wiring)))
+    h = space.add("skips", Op(nn.Identity), leaves) if apart else after(leaves)
     space.output(space.add("head", Op(nn.Linear, out_features=settings.classes), h))
     space.constrain("not skips only", _has_operation)
     return space

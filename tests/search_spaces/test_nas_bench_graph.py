@@ -37,6 +37,7 @@ from nasgraph.search_spaces.nas_bench_graph import (
 )
 from nasgraph.space import Architecture, SearchSpace
 from nasgraph.study import Study
+from nasgraph.supernet import Supernet
 from nasgraph.testing import SpaceExam, node_batch
 
 ALL_DESIGNS = [(link, ops) for link in LINKS for ops in itertools.product(OPS, repeat=4) if set(ops) != {"skip"}]
@@ -85,7 +86,7 @@ def by_hand(model: nn.Module, found: Architecture, pre: bool, x: torch.Tensor, e
         h = values[read]
         if pre or not raw[read]:
             h = getattr(model, f"norm{i}")(h).relu() if hasattr(model, f"norm{i}") else None
-        layer = getattr(model, f"node{i}", None)
+        layer = getattr(model, f"node{i}", getattr(model, f"raw{i}", None))
         if h is None or (op != "skip" and layer is None):  # not built: the output does not depend on it
             values.append(values[read])
         else:
@@ -93,12 +94,14 @@ def by_hand(model: nn.Module, found: Architecture, pre: bool, x: torch.Tensor, e
         raw.append(op == "skip" and raw[read])
     leaves = [values[i] for i in range(1, 5) if i not in link and not raw[i]]
     h = torch.cat(leaves, 1).relu()
-    return model.head(model.post(h) if hasattr(model, "post") else h)
+    after = [module for name, module in model.named_children() if name.startswith("post")]
+    return model.head(after[0](h) if after else h)
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("dataset", ["cora", "pubmed", "computers", "physics"])
-def test_networks_compute_what_the_cell_says(dataset: str) -> None:
-    space, rng = nas_bench_graph(dataset, features=5, classes=3, width=8), random.Random(0)
+def test_networks_compute_what_the_cell_says(dataset: str, apart: bool) -> None:
+    space, rng = nas_bench_graph(dataset, features=5, classes=3, width=8, apart=apart), random.Random(0)
     x, edges = node_batch().inputs
     for found in itertools.chain((space.sample(rng) for _ in range(60)), map(space.architecture, SKIPS)):
         model = build(space, found).eval()
@@ -106,6 +109,18 @@ def test_networks_compute_what_the_cell_says(dataset: str) -> None:
             if isinstance(module, nn.BatchNorm1d):  # so that it is not the identity
                 module.running_mean.uniform_(-1, 1)
         torch.testing.assert_close(model(x, edges), by_hand(model, found, PRESETS[dataset].pre, x, edges))
+
+
+def test_declared_apart_the_networks_are_the_same_and_the_weights_are_not_shared() -> None:
+    together, apart = (nas_bench_graph("cora", features=20, classes=3, width=8, apart=given) for given in (False, True))
+    rng = random.Random(0)
+    for _ in range(40):
+        found = together.sample(rng)
+        assert apart.architecture(found) == found and apart.key(found) == together.key(found)
+    stores = [Supernet(space).store for space in (together, apart)]
+    assert stores[0]["node2", "gcn", "lin.weight"].shape == stores[1]["raw2", "gcn", "lin.weight"].shape == (8, 20)
+    assert {node for node, _, _ in stores[1]} >= {"node2", "raw2"} and not any("raw" in key[0] for key in stores[0])
+    assert {node for node, _, _ in stores[1] if node.startswith("post")} >= {"post_leaves4", "post_leaves1234"}
 
 
 SKIPS = [
