@@ -89,6 +89,6 @@ def maximum(first: Tensor, *rest: Tensor) -> Tensor:
 
 def _one_shape(function: str, *tensors: Tensor) -> None:
     """No broadcasting: simplification relies on it. What is traced has no shape yet and is checked by the builder."""
-    shapes = {tuple(tensor.shape) for tensor in tensors if isinstance(tensor, Tensor)}
-    if len(shapes) > 1:
+    shapes = [tensor.shape for tensor in tensors if isinstance(tensor, Tensor)]
+    if any(shape != shapes[0] for shape in shapes):  # compared, not hashed: torch.compile would fix the sizes
         raise ValueError(f"{function} needs tensors of one shape")

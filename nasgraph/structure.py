@@ -78,6 +78,17 @@ class Form:
 
         ``calibrate``: in evaluation mode, but BatchNorm uses those of the batch and adds them to ``statistics``.
         """
+        momenta = self.fill(numbers, training, statistics, calibrate)
+        try:
+            out: Tensor = self.module(*inputs)
+            return out
+        finally:
+            self.empty(momenta)
+
+    def fill(
+        self, numbers: Numbers, training: bool, statistics: Numbers, calibrate: bool = False
+    ) -> dict[_BatchNorm, float | None]:
+        """Make the module ready for one call. Returns: what :meth:`empty` needs."""
         if self.module.training is not training:
             self.module.train(training)
         for place in self.parameters:
@@ -93,18 +104,16 @@ class Form:
                 place.where[place.local] = statistics.get(place.name, place.blank)
             else:
                 place.where[place.local] = None  # in training they are only updated
-        try:
-            out: Tensor = self.module(*inputs)
-            return out
-        finally:
-            for place in self.parameters:
-                place.where[place.local] = place.blank
-            for place in self.buffers:
-                place.where[place.local] = place.blank
-            for _, place in self.statistics:
-                place.where[place.local] = place.blank
-            for layer, momentum in momenta.items():
-                layer.momentum, layer.training = momentum, False
+        return momenta
+
+    def empty(self, momenta: Mapping[_BatchNorm, float | None]) -> None:
+        """Leave the module without numbers, so that they and their gradients can be freed."""
+        for place in (*self.parameters, *self.buffers):
+            place.where[place.local] = place.blank
+        for _, place in self.statistics:
+            place.where[place.local] = place.blank
+        for layer, momentum in momenta.items():
+            layer.momentum, layer.training = momentum, False
 
     def new_statistics(self) -> dict[str, Tensor]:
         """Those of BatchNorm, with nothing seen yet."""

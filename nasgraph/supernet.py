@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nasgraph import checkpoint as checkpoints
 from nasgraph.build import Made, _each, _made, _Shapes, build_graph, node_seed
 from nasgraph.canonical import simplify
+from nasgraph.compiled import Compiler
 from nasgraph.errors import ConfigError, SpaceError
 from nasgraph.scoring import Scorer
 from nasgraph.slicing import computed_for, cut_for
@@ -77,6 +78,7 @@ class Supernet:
         self._forms: OrderedDict[Any, Form] = OrderedDict()
         self._statistics: OrderedDict[tuple[Structure, int], dict[str, Tensor]] = OrderedDict()
         self._batches: dict[int, list[tuple[Tensor, ...]]] = {}  # for the statistics
+        self._compiler: Compiler | None = None
         self._shown: tuple[Tensor, ...] | None = None  # by every batch of the task; (): they differ
         self._kept: Scorer | None = None
         self._state: list[int] = []  # of the store, when these were computed
@@ -119,6 +121,18 @@ class Supernet:
         """``architecture`` as a callable that reads the store; its gradients arrive there."""
         found = architecture if isinstance(architecture, Architecture) else Architecture(architecture)
         return Subnet(self, found, self._structure(found))
+
+    def compiled(self, architecture: Mapping[str, Label], backend: str | Callable[..., Any] = "inductor") -> Subnet:
+        """:meth:`subnet` through ``torch.compile``. Architectures that differ in sizes only share a compilation.
+
+        What a module keeps as a tuple of sizes is a constant to the compiler (a ``LayerNorm`` that is not a node of its
+        own), and each value of it is compiled.
+        """
+        if self._compiler is None or self._compiler.backend is not backend:
+            self._compiler = Compiler(backend)
+        view = self.subnet(architecture)
+        view.compiler = self._compiler
+        return view
 
     def extract(self, architecture: Mapping[str, Label]) -> fx.GraphModule:
         """``architecture`` as a plain network of its own, with copies of its slices: what ``build`` would return.
@@ -363,6 +377,7 @@ class Subnet(nn.Module):
     ) -> None:
         super().__init__()
         self.architecture, self._statistics = architecture, statistics
+        self.compiler: Compiler | None = None
         self._view = (supernet, structure)  # in a tuple, so that no module or parameter is registered
 
     def slices(self) -> dict[str, Tensor]:
@@ -371,7 +386,10 @@ class Subnet(nn.Module):
         return supernet._slices(structure)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self._view[1].run(inputs, self.slices(), self.training, self._statistics)
+        structure, statistics = self._view[1], self._statistics or {}
+        if self.compiler is not None:
+            return self.compiler.run(structure, inputs, self.slices(), self.training, statistics)
+        return structure.run(inputs, self.slices(), self.training, statistics)
 
 
 class _Scored(nn.Module):
