@@ -8,7 +8,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -62,6 +62,7 @@ class Run:
 
     def __init__(self, folder: Path, settings: Config, facts: dict[str, Any], space: SearchSpace | None = None) -> None:
         self.folder, self.config, self.facts = folder, settings, facts
+        self._records: dict[str, list[TrialRecord]] = {}
         if space is not None:
             self.space = space
 
@@ -111,7 +112,13 @@ class Run:
         """All finished trials of a study; one that is above a limit counts as failed."""
         if not (self.folder / STUDY).exists() or (name == "random" and not self.config.search.baseline):
             return []
-        return [self._judged(record) for record in self.study(name).records]
+        if name not in self._records:
+            self.remember(name, self.study(name).records)
+        return list(self._records[name])
+
+    def remember(self, name: str, records: Iterable[TrialRecord]) -> None:
+        """Keep what a study has found so far: reading thousands of trials from its file takes seconds."""
+        self._records[name] = [self._judged(record) for record in records]
 
     def _judged(self, record: TrialRecord) -> TrialRecord:
         for name, limit in self.config.limits.items():

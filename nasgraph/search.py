@@ -292,6 +292,7 @@ def _study(run: Run, name: str, executor: Executor, display: Display, first: Seq
 
         best[:] = [better(best)] if best else []
         study.run(trials, _Role("evaluate", executor), on_result=on_result, first=first)
+    run.remember(name, study.records)
     _note(run, display)
 
 
