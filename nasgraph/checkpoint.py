@@ -24,6 +24,7 @@ from nasgraph.space import SearchSpace
 from nasgraph.training.loop import TrainSettings, _optimizer
 
 if TYPE_CHECKING:
+    from nasgraph.structure import Key
     from nasgraph.supernet import Supernet
     from nasgraph.tasks.base import Task
 
@@ -36,7 +37,7 @@ def save(supernet: Supernet, folder: str | os.PathLike[str]) -> Path:
     from safetensors.torch import save as to_bytes
 
     place = Path(folder)
-    tensors = {json.dumps(key): parameter.detach().cpu().contiguous() for key, parameter in supernet.store.items()}
+    tensors = {json.dumps(key): parameter.detach().cpu().contiguous() for key, parameter in _own(supernet).items()}
     optimizer: dict[str, Any] | None = None
     if supernet.optimizer is not None and supernet.settings is not None:
         state = supernet.optimizer.state_dict()
@@ -64,6 +65,7 @@ def save(supernet: Supernet, folder: str | os.PathLike[str]) -> Path:
         "space": supernet.space.name,
         "fingerprint": supernet.space.fingerprint(),
         "seed": supernet.seed,
+        "share": supernet.share,
         "step": supernet.step,
         "optimizer": optimizer,
         "policy": policy,
@@ -111,15 +113,15 @@ def load(
     if hashlib.sha256(data).hexdigest() != about["sha256"]:
         raise DamagedFile(f"checkpoint {place}: {about['tensors']} is not what was written (SHA-256 differs)")
     tensors = from_bytes(data)
-    supernet = Supernet(space, task, about["seed"]) if into is None else into
+    supernet = Supernet(space, task, about["seed"], about.get("share")) if into is None else into
     supernet.seed = about["seed"]
-    expected = {json.dumps(key): tuple(parameter.shape) for key, parameter in supernet.store.items()}
+    expected = {json.dumps(key): tuple(parameter.shape) for key, parameter in _own(supernet).items()}
     found = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith(("optimizer/", "policy/"))}
     if expected != found:
         wrong = min(set(expected.items()) ^ set(found.items()))[0]
         raise SpaceError(f"checkpoint {place} does not fit this version of the operations: {wrong} differs; train anew")
     with torch.no_grad():
-        for key, parameter in supernet.store.items():
+        for key, parameter in _own(supernet).items():
             parameter.copy_(tensors[json.dumps(key)])
     supernet.step = about["step"]
     if about["policy"]:
@@ -131,6 +133,14 @@ def load(
         supernet.optimizer = _optimizer(list(supernet.parameters()), supernet.settings)
         supernet.optimizer.load_state_dict(_optimizer_state(supernet.optimizer, about["optimizer"]["plain"], tensors))
     return supernet
+
+
+def _own(supernet: Supernet) -> dict[Key, torch.nn.Parameter]:
+    """What is stored, by the first of its keys."""
+    first: dict[int, Key] = {}
+    for key, parameter in supernet.store.items():
+        first.setdefault(id(parameter), key)
+    return {key: supernet.store[key] for key in first.values()}
 
 
 def _optimizer_state(

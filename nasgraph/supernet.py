@@ -20,10 +20,11 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nasgraph import checkpoint as checkpoints
+from nasgraph import sharing
 from nasgraph.build import Made, _each, _made, _Shapes, build_graph, node_seed
 from nasgraph.canonical import simplify
 from nasgraph.compiled import Compiler
-from nasgraph.errors import ConfigError, SpaceError
+from nasgraph.errors import ConfigError, SpaceError, did_you_mean
 from nasgraph.scoring import Scorer
 from nasgraph.slicing import computed_for, cut_for
 from nasgraph.space import Architecture, Graph, Label, SearchSpace, Step
@@ -54,17 +55,28 @@ class Supernet:
     constraints. Each entry of a stored parameter starts as in the largest form that uses it, so the largest form starts
     as it would alone.
 
+    ``share`` lets parameters of equal name and shape be one: ``"options"`` those of a node's options,
+    ``"homogeneous"`` those of nodes that are the same layer; see :mod:`nasgraph.sharing`. They start as the first.
+
     Raises: SpaceError: a parameter that has another number of axes, or other entries than a rule can give, in another
-    form of the same option; names the node, the option and the parameter.
+    form of the same option; names the node, the option and the parameter. ConfigError: an unknown ``share``.
     """
 
-    def __init__(self, space: SearchSpace, task: Task | None = None, seed: int = 0) -> None:
-        self.space, self._task, self.seed = space, task, seed
+    def __init__(self, space: SearchSpace, task: Task | None = None, seed: int = 0, share: str | None = None) -> None:
+        if share is not None and share not in sharing.RULES:
+            near = did_you_mean(share, sharing.RULES)
+            raise ConfigError(f"unknown share {share!r}.{near} Known: {', '.join(sharing.RULES)}.")
+        self.space, self._task, self.seed, self.share = space, task, seed, share
         self.device = torch.device("cpu")
         self.store: dict[Key, nn.Parameter] = {}
-        for (node, option), forms in variants(space).items():
+        found = variants(space)
+        same = None if share is None else sharing.RULES[share](space, found)
+        first: dict[Any, nn.Parameter] = {}
+        for (node, option), forms in found.items():
             for name, tensor in start(forms, node, option, seed).items():
-                self.store[node, option, name] = nn.Parameter(tensor)
+                key = (node, option, name)
+                shared = key if same is None else (same(key), name, tuple(tensor.shape), tensor.dtype)
+                self.store[key] = first.setdefault(shared, nn.Parameter(tensor))
         self.step = 0  # updates of training done
         self.settings: TrainSettings | None = None  # those of the optimizer
         self.optimizer: torch.optim.Optimizer | None = None
@@ -96,11 +108,11 @@ class Supernet:
     @property
     def numel(self) -> int:
         """How many numbers the store holds."""
-        return sum(parameter.numel() for parameter in self.store.values())
+        return sum(parameter.numel() for parameter in self.parameters())
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The stored parameters, in an order that the space's declaration decides."""
-        return iter(self.store.values())
+        return iter({id(parameter): parameter for parameter in self.store.values()}.values())
 
     def to(self, device: str | torch.device) -> Supernet:
         """Move the store, in place."""
