@@ -291,7 +291,9 @@ def inherited(parent: Supernet, space: SearchSpace) -> Supernet:
     """
     leaf = Supernet(space, parent._task, parent.seed)
     left = {key[:2] for key in leaf.store}
-    leaf.store = {key: nn.Parameter(p.detach().clone()) for key, p in parent.store.items() if key[:2] in left}
+    kept = {key: parameter for key, parameter in parent.store.items() if key[:2] in left}
+    copies = {id(parameter): nn.Parameter(parameter.detach().clone()) for parameter in kept.values()}
+    leaf.store = {key: copies[id(parameter)] for key, parameter in kept.items()}  # one under two keys stays one
     leaf._names = {option: names for option, names in parent._names.items() if option in left}
     return leaf.to(parent.device)
 

@@ -44,8 +44,7 @@ def gradient_distances(
     Shapes: ``n`` architectures -> ``(n, n)``, float64.
     Raises: NotFinite: a loss or a gradient is NaN or infinite; names the architecture.
     """
-    names = [key for key in supernet.store if key[0] not in own]
-    shared = [supernet.store[key] for key in names]
+    shared = list({id(p): p for key, p in supernet.store.items() if key[0] not in own}.values())
     found = []
     for architecture in architectures:
         cuda = [supernet.device.index or 0] if supernet.device.type == "cuda" else []
