@@ -9,22 +9,27 @@ import argparse
 import os
 import platform
 import random
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from nasgraph.build import build
 from nasgraph.search_spaces.gnn_node import gnn_node
 from nasgraph.search_spaces.nasbench201 import nasbench201
 from nasgraph.space import Architecture, Choice, Label, Node, Op, SearchSpace
 from nasgraph.supernet import Supernet
 from nasgraph.tasks import NodeTask
 from nasgraph.tasks.batch import Batch
-from nasgraph.tasks.node import digits_knn
+from nasgraph.tasks.node import digits_knn, planetoid
+from nasgraph.training.loop import TrainSettings
 from nasgraph.training.policies import Uniform
 
 
@@ -91,24 +96,56 @@ def making(name: str, space: SearchSpace, n: int) -> str:
     return f"| {name} | {store:.2f} | {supernet.numel:,} | {' | '.join(cells)} |"
 
 
-def scoring(task: NodeTask, space: SearchSpace, n: int) -> str:
+def scoring(task: NodeTask, space: SearchSpace, n: int, trained: int) -> str:
+    """A row: scores of ``n`` random subnets, together and one by one, against training ``trained`` of them alone."""
     supernet, rng = Supernet(space, task), random.Random(0)
     supernet.train(Uniform(space), 3)
     archs: list[Architecture] = [space.sample(rng) for _ in range(n)]
-    took = seconds(lambda: supernet.evaluate(archs))
+    few = archs[:200]
+    alone = seconds(lambda: [task.score(supernet.calibrated(arch), "val") for arch in few]) / len(few)
+    together = seconds(lambda: supernet.evaluate(archs)) / n
+    fits = [seconds(lambda a=arch: task.fit(supernet.extract(a), TrainSettings(), 0)) for arch in archs[:trained]]
+    training = statistics.mean(fits)
     norms = sum(supernet.has_batch_norm(arch) for arch in archs)
-    return (
-        f"{n} random subnets of `gnn_node` scored on the validation nodes of `{task.name}`: {n / took:.1f} a second "
-        f"({norms} of them extracted and recalibrated for their BatchNorm)."
-    )
+    cells = [f"{n:,}", f"{norms:,}", f"{1 / together:.1f}", f"{1 / alone:.1f}", f"{training:.1f}"]
+    return f"| {task.name} | {' | '.join(cells)} | {training / together:,.0f} |"
+
+
+def peak(what: str, arch: Architecture) -> None:
+    """Print bytes of the parameters, of Adam's state, and the peak of this process over its start, in MiB."""
+    space, batch = gnn_node(64, 10), digits_knn().batch(10_000, 0)
+    torch.autograd.backward(torch.zeros(8, 8, requires_grad=True).relu().sum())
+    before = _resident()
+    supernet = Supernet(space) if what == "store" else None
+    model: nn.Module = supernet.subnet(arch) if supernet else build(space, arch)
+    parameters = list(supernet.parameters() if supernet else model.parameters())
+    adam = torch.optim.Adam(parameters, lr=1e-4, fused=True)
+    for _ in range(3):
+        step(model.train(), batch, parameters, adam)
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    state = sum(t.numel() * t.element_size() for s in adam.state.values() for t in s.values())
+    top = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"{size / 2**20:.2f} | {state / 2**20:.2f} | {(top - before) / 2**20:.0f} | {top / 2**20:.0f}")
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--subnets", type=int, default=200)
+    parser.add_argument("--scored", type=int, default=10_000)
+    parser.add_argument("--trained", type=int, default=10)
+    parser.add_argument("--dataset", default="Cora", help="of planetoid; 'none': digits only")
+    parser.add_argument("--peak", choices=("store", "alone"), help=argparse.SUPPRESS)
+    parser.add_argument("--architecture", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.peak:
+        peak(options.peak, Architecture.from_json(options.architecture))
+        return
     task = digits_knn()
     gnn, cnn = gnn_node(64, 10), elastic_cnn()
     common: dict[str, Label] = {"norm": "layer", "activation": "relu", "input_dropout": 0.0, "dropout": 0.5}
@@ -150,7 +187,30 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for name, space in (("gnn_node", gnn), ("elastic_cnn", cnn), ("nasbench201, 1 cell", nasbench201(cells=1))):
         print(making(name, space, options.subnets), flush=True)
-    print("\n" + scoring(task, gnn, options.subnets))
+    print(
+        "\nSubnets of `gnn_node` with the task's sizes, random, scored on the validation nodes. Together: `evaluate`, "
+        "which computes common prefixes once. One by one: `calibrated` and `score`, for 200 of them. Training: `fit` "
+        f"with its defaults, mean CPU seconds of {options.trained} of them.\n"
+    )
+    print("| task | subnets | with BatchNorm | together, per s | one by one, per s | training each, s | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    tasks = [task] if options.dataset == "none" else [task, planetoid(options.dataset)]
+    for one in tasks:
+        space = gnn_node(one.sizes["features"], one.sizes["classes"])
+        print(scoring(one, space, options.scored, options.trained), flush=True)
+    supernet, rng = Supernet(gnn), random.Random(0)
+    largest = max((gnn.sample(rng) for _ in range(1000)), key=supernet.params)
+    print(
+        "\nMemory of a training step with Adam, each in a process of its own, in MiB: the largest of 1,000 random "
+        f"architectures of `gnn_node` on {task.name} ({supernet.params(largest):,} parameters) as a view of the store, and "
+        "alone. Adam's state is that of the slices' parameters, at their stored sizes.\n"
+    )
+    print("| | parameters | Adam's state | peak of the step over before | peak of the process |")
+    print("|---|---|---|---|---|")
+    for what in ("store", "alone"):
+        command = [sys.executable, "-W", "ignore", __file__, "--peak", what, "--architecture", largest.to_json()]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        print(f"| {what} | {found} |", flush=True)
 
 
 if __name__ == "__main__":
