@@ -88,10 +88,10 @@ def making(name: str, space: SearchSpace, n: int) -> str:
     store = seconds(lambda: Supernet(space))
     supernet, rng = Supernet(space), random.Random(0)
     archs = list(dict.fromkeys(space.sample(rng) for _ in range(n)))
-    fresh = [seconds(lambda a=arch: supernet.subnet(a)) for arch in archs]
-    known = [seconds(lambda a=arch: supernet.subnet(a)) for arch in archs]
+    fresh = [seconds(partial(supernet.subnet, arch)) for arch in archs]
+    known = [seconds(partial(supernet.subnet, arch)) for arch in archs]
     supernet._of.clear()  # the architecture is new, its structure is not
-    again = [seconds(lambda a=arch: supernet.subnet(a)) for arch in archs]
+    again = [seconds(partial(supernet.subnet, arch)) for arch in archs]
     cells = [f"{1e3 * statistics.median(times):.3f}" for times in (fresh, again, known)]
     return f"| {name} | {store:.2f} | {supernet.numel:,} | {' | '.join(cells)} |"
 
@@ -104,7 +104,7 @@ def scoring(task: NodeTask, space: SearchSpace, n: int, trained: int) -> str:
     few = archs[:200]
     alone = seconds(lambda: [task.score(supernet.calibrated(arch), "val") for arch in few]) / len(few)
     together = seconds(lambda: supernet.evaluate(archs)) / n
-    fits = [seconds(lambda a=arch: task.fit(supernet.extract(a), TrainSettings(), 0)) for arch in archs[:trained]]
+    fits = [seconds(partial(task.fit, supernet.extract(arch), TrainSettings(), 0)) for arch in archs[:trained]]
     training = statistics.mean(fits)
     norms = sum(supernet.has_batch_norm(arch) for arch in archs)
     cells = [f"{n:,}", f"{norms:,}", f"{1 / together:.1f}", f"{1 / alone:.1f}", f"{training:.1f}"]
@@ -202,8 +202,8 @@ def main() -> None:
     largest = max((gnn.sample(rng) for _ in range(1000)), key=supernet.params)
     print(
         "\nMemory of a training step with Adam, each in a process of its own, in MiB: the largest of 1,000 random "
-        f"architectures of `gnn_node` on {task.name} ({supernet.params(largest):,} parameters) as a view of the store, and "
-        "alone. Adam's state is that of the slices' parameters, at their stored sizes.\n"
+        f"architectures of `gnn_node` on {task.name} ({supernet.params(largest):,} parameters) as a view of the store, "
+        "and alone. Adam's state is that of the slices' parameters, at their stored sizes.\n"
     )
     print("| | parameters | Adam's state | peak of the step over before | peak of the process |")
     print("|---|---|---|---|---|")
