@@ -155,7 +155,13 @@ def measure(dataset: str, policy: str, seed: int, options: argparse.Namespace) -
         scored, scored_cpu = time.perf_counter() - wall, time.process_time() - cpu
     tail = losses[-max(1, len(losses) // 10) :]
     return {
-        **{"dataset": dataset, "policy": policy, "seed": seed, "paths": options.paths, "n": options.n},
+        **{
+            "dataset": dataset,
+            "policy": policy,
+            "seed": seed,
+            "paths": len(losses) * PATHS.get(policy, 1),
+            "n": options.n,
+        },
         "settings": {k: getattr(options, k) for k in ("lr", "weight_decay", "optimizer", "dropout", "split", "apart")},
         **{"train_s": trained, "train_cpu_s": trained_cpu, "score_s": scored, "score_cpu_s": scored_cpu},
         **{"last_loss": sum(tail) / len(tail) if tail else None, "hash": [table.index(each) for each in chosen]},
