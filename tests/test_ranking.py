@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import itertools
 import json
 import math
@@ -323,3 +324,19 @@ def test_a_run_without_a_supernet_is_one_line(run: Path, tmp_path: Path, capsys:
     assert main(["rank", str(tmp_path / "nowhere")]) == 2
     assert main(["rank", str(run), "--proxy", "ntk_con"]) == 2
     assert "Did you mean 'ntk_cond'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_nasbench201_on_real_images(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short training of a small skeleton: params order the cells, and the shared loss says something too."""
+    monkeypatch.setenv("NASGRAPH_DATA", str(data_root))
+    path = Path(__file__).parents[1] / "benchmarks" / "nasbench201_ranking.py"
+    spec = importlib.util.spec_from_file_location("nasbench201_ranking", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    report, test = module.report(data_root, paths=4000, n=60)
+    assert len(report.truth) == len(test) >= 50
+    assert report.row("params").kendall > 0.5  # published, over all cells: 0.58
+    assert report.row("loss").kendall > 0.1
+    assert report.training_seconds is not None and report.training_seconds > 0
