@@ -219,8 +219,15 @@ def test_a_sandwich_distils_as_asked() -> None:
     supernet, rng = Supernet(space), random.Random(0)
     for name, divergence in (("kl", kl), ("alpha", adaptive_alpha)):
         first, *others = Sandwich(space, supernet=supernet, distill=name).sample(0, rng)
-        assert (first.hard, first.soft) == (1, 0)
-        assert {(path.hard, path.soft, path.teacher, path.divergence) for path in others} == {(0, 1, 0, divergence)}
+        assert (first.hard, first.soft) == (1, 0)  # the activation is drawn: nobody is the largest, so labels for all
+        assert {(path.hard, path.soft, path.teacher, path.divergence) for path in others} == {(1, 1, 0, divergence)}
+        published = Sandwich(space, supernet=supernet, distill=name, hard=0).sample(0, rng)
+        assert [path.hard for path in published] == [1, 0, 0, 0]
+    ends = extremes(space, supernet.params)
+    fixed = [{**labels, "act": "ReLU"} for labels in ends]
+    assert [path.hard for path in Sandwich(space, *fixed).sample(0, rng)] == [1, 0, 0, 0]
+    with pytest.raises(ConfigError, match="hard is -1"):
+        Sandwich(space, *fixed, hard=-1)
     hard = Sandwich(space, supernet=supernet, distill="none").sample(0, rng)
     assert len(hard) == 4 and {(path.hard, path.soft) for path in hard} == {(1, 0)}
     with pytest.raises(ConfigError, match="unknown distillation 'alfa'"):
