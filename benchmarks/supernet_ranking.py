@@ -35,10 +35,10 @@ from nasgraph.build import build
 from nasgraph.predictors.nas_bench_graph import Table
 from nasgraph.predictors.zero_cost import ntk_cond
 from nasgraph.ranking import Ranked, ranked
-from nasgraph.readout import ridge
 from nasgraph.search_spaces.nas_bench_graph import OPS, architecture, nas_bench_graph, preset
 from nasgraph.space import Architecture
 from nasgraph.supernet import Supernet
+from nasgraph.supernet.readout import ridge
 from nasgraph.tasks import NodeTask, datasets
 from nasgraph.tasks.node import NodeData, checked
 from nasgraph.training import TrainSettings
@@ -83,8 +83,8 @@ def score(supernet: Supernet, chosen: Architecture) -> dict[str, float]:
     """Scores on the validation nodes, BatchNorm with the statistics of the whole graph; larger is better.
 
     ``accuracy`` and ``loss`` (its negative) of the shared weights; ``readout``: accuracy with the last layer refitted
-    on the training nodes (:mod:`nasgraph.readout`); ``cell``: accuracy of such a readout of the cell's output, so that
-    only the cell's weights are shared ones.
+    on the training nodes (:mod:`nasgraph.supernet.readout`); ``cell``: accuracy of such a readout of the cell's output,
+    so that only the cell's weights are shared ones.
 
     One forward pass: what ``Supernet.calibrated`` computes first and then runs again, but for the factor n / (n - 1) of
     the running variance.

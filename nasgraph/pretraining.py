@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nasgraph import checkpoint, config, manifest, registry
+from nasgraph import config, manifest, registry
 from nasgraph.errors import ConfigError, DamagedFile, NotFinite, SearchStopped
 from nasgraph.run import writing
 from nasgraph.space import SearchSpace
-from nasgraph.supernet import Supernet
+from nasgraph.supernet import Supernet, checkpoint
 from nasgraph.training import TrainSettings
 from nasgraph.training.fewshot import FILE as FEW_SHOT
 from nasgraph.training.fewshot import FewShot

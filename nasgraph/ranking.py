@@ -215,8 +215,8 @@ def rank_report(
             the second is left out.
         proxies: names or functions ``(model, batch) -> float``. Sizes always stand beside them.
         scores: of the supernet: ``accuracy`` (:meth:`Supernet.evaluate`), ``loss`` (minus the validation loss, which
-            ties less often), ``readout`` (accuracy with the last linear layer refitted:
-            :func:`nasgraph.readout.readout_accuracy`), ``flatness`` (:func:`nasgraph.flatness.subnet_flatness`).
+            ties less often), ``readout`` (accuracy with the last linear layer refitted, see
+            :mod:`nasgraph.supernet.readout`), ``flatness`` (see :mod:`nasgraph.supernet.flatness`).
         extra: further scores by name, each a function of an architecture; counted as the supernet's.
         top: numbers k of the top-k overlaps; those of at least the number of architectures are left out.
         samples: training samples for statistics of BatchNorm.
@@ -393,11 +393,11 @@ def _supernet_score(supernet: Supernet | FewShot, name: str, samples: int) -> Ca
     if name == "loss":
         return lambda architecture: -supernet.task.score(supernet.calibrated(architecture, samples), "val")["loss"]
     if name == "flatness":
-        from nasgraph.flatness import subnet_flatness
+        from nasgraph.supernet.flatness import subnet_flatness
 
         return lambda architecture: subnet_flatness(supernet, architecture, samples=samples)
     if name == "readout":
-        from nasgraph.readout import readout_accuracy
+        from nasgraph.supernet.readout import readout_accuracy
 
         return lambda architecture: readout_accuracy(supernet, architecture, samples)
     raise ConfigError(f"unknown score of a supernet '{name}': accuracy, loss, readout or flatness")

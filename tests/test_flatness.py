@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import NotFinite
-from nasgraph.flatness import EPS, SIGMAS, flatness, losses_around, subnet_flatness
 from nasgraph.supernet import Supernet
+from nasgraph.supernet.flatness import EPS, SIGMAS, flatness, losses_around, subnet_flatness
 from nasgraph.tasks import NodeTask, digits_knn
 from nasgraph.training.policies import Uniform
 

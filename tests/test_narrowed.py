@@ -19,7 +19,7 @@ from nasgraph.search_spaces.gnn_node import gnn_node
 from nasgraph.search_spaces.nas_bench_graph import nas_bench_graph
 from nasgraph.space import Choice, Op, SearchSpace, Switch
 from nasgraph.supernet import Supernet
-from nasgraph.variants import variants
+from nasgraph.supernet.variants import variants
 
 _spec = importlib.util.spec_from_file_location("random_spaces", Path(__file__).with_name("test_space.py"))
 assert _spec is not None and _spec.loader is not None

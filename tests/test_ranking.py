@@ -243,7 +243,7 @@ def test_the_same_network_counts_once(supernet: Supernet) -> None:
 
 
 def test_loss_and_flatness_are_scores(supernet: Supernet) -> None:
-    from nasgraph.flatness import subnet_flatness
+    from nasgraph.supernet.flatness import subnet_flatness
 
     report = rank_report(supernet, size(supernet), n=4, proxies=(), scores=("loss", "flatness"))
     for architecture, flat in zip(report.architectures, report.scores["flatness"], strict=True):

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from torch import nn
 
-from nasgraph.readout import PENALTIES, readout_accuracy, refit, ridge
 from nasgraph.search_spaces.gnn_node import gnn_node
 from nasgraph.supernet import Supernet
+from nasgraph.supernet.readout import PENALTIES, readout_accuracy, refit, ridge
 from nasgraph.tasks import digits_knn
 from nasgraph.tasks.batch import Batch
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nasgraph.scoring import Scorer
 from nasgraph.search_spaces.gnn_node import gnn_node
 from nasgraph.space import Architecture, Choice, Label, Op, SearchSpace, Step
 from nasgraph.supernet import Supernet, recalibrate
+from nasgraph.supernet.scoring import Scorer
 from nasgraph.tasks.batch import Batch
 from nasgraph.tasks.node import NodeData, NodeTask
 from nasgraph.training.loop import Fit, TrainSettings, evaluate
@@ -187,7 +187,7 @@ def test_statistics_come_from_64_seeded_batches_of_32() -> None:
 
 
 def test_statistics_are_kept_until_the_store_changes(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nasgraph.structure import Structure
+    from nasgraph.supernet.structure import Structure
 
     counted: list[Structure] = []
     original = Structure.measured

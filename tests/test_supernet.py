@@ -24,8 +24,8 @@ from nasgraph.search_spaces.nas_bench_graph import nas_bench_graph
 from nasgraph.search_spaces.nasbench201 import nasbench201
 from nasgraph.space import Architecture, Call, Choice, Node, Op, SearchSpace
 from nasgraph.supernet import Supernet, recalibrate
+from nasgraph.supernet.variants import variants
 from nasgraph.tasks.batch import Batch
-from nasgraph.variants import variants
 
 _spec = importlib.util.spec_from_file_location("supernet_spaces", Path(__file__).with_name("supernet_spaces.py"))
 assert _spec is not None and _spec.loader is not None

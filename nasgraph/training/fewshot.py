@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from nasgraph import checkpoint as checkpoints
 from nasgraph import registry
-from nasgraph.checkpoint import _checksum, _write
 from nasgraph.errors import ConfigError, DamagedFile, SpaceError, did_you_mean
 from nasgraph.space import Architecture, Label, SearchSpace
 from nasgraph.supernet import SAMPLES, Subnet, Supernet
+from nasgraph.supernet import checkpoint as checkpoints
+from nasgraph.supernet.checkpoint import _checksum, _write
 from nasgraph.training.policies import Policy
 from nasgraph.training.splitting import MEASURES, Measure, Split, best_split
 

@@ -15,8 +15,8 @@ from nasgraph.objectives.cost import count_flops
 from nasgraph.search_spaces.mobilenet import ONCE_FOR_ALL, InvertedResidual, Resize, divisible, mobilenet
 from nasgraph.space import Architecture, SearchSpace
 from nasgraph.supernet import Supernet
+from nasgraph.supernet.variants import variants
 from nasgraph.testing import SpaceExam
-from nasgraph.variants import variants
 
 SMALL: dict[str, Any] = {
     "image_channels": 1,

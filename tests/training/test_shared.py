@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from nasgraph import checkpoint as checkpoints
 from nasgraph.errors import ConfigError, DamagedFile, NotFinite, SpaceError
 from nasgraph.search_spaces.gnn_node import gnn_node
 from nasgraph.space import Architecture, SearchSpace
 from nasgraph.supernet import Supernet, recalibrate
+from nasgraph.supernet import checkpoint as checkpoints
 from nasgraph.tasks.node import NodeData, NodeTask
 from nasgraph.training import TrainSettings, policies
 from nasgraph.training.policies import Policy, Step, Uniform

@@ -29,7 +29,7 @@ from nasgraph.training.differentiable.relaxed import (
 from nasgraph.training.shared import _seed
 
 if TYPE_CHECKING:
-    from nasgraph.structure import Key
+    from nasgraph.supernet.structure import Key
 
 
 def coded(

@@ -1,8 +1,8 @@
 """The relaxed network of a space: every node a weighted sum over the forms that it can take.
 
 A *form* of a node is an operation with decided arguments, what it reads, and the sizes of that. The walk of
-:mod:`nasgraph.variants` finds all of them, each with the decisions (a cube) that lead to it. Given a weight for each
-label of each choice, a form weighs ``P(form) = sum over its cubes, prod over choices, sum over labels``, and
+:mod:`nasgraph.supernet.variants` finds all of them, each with the decisions (a cube) that lead to it. Given a weight
+for each label of each choice, a form weighs ``P(form) = sum over its cubes, prod over choices, sum over labels``, and
 
     value(node) = sum over forms of P(form) * pad(form(cut(sources)))
 
@@ -29,14 +29,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nasgraph.build import _made, _Shapes
 from nasgraph.errors import ConfigError, SpaceError, did_you_mean
-from nasgraph.slicing import Shape, taken
 from nasgraph.space import ConcreteOp, Label, SearchSpace, Step
-from nasgraph.structure import without_numbers
-from nasgraph.variants import Cube, Tensors, _form, _joined, _merged, _readings, _ways, options
+from nasgraph.supernet.slicing import Shape, taken
+from nasgraph.supernet.structure import without_numbers
+from nasgraph.supernet.variants import Cube, Tensors, _form, _joined, _merged, _readings, _ways, options
 
 if TYPE_CHECKING:
-    from nasgraph.structure import Key, Piece
     from nasgraph.supernet import Supernet
+    from nasgraph.supernet.structure import Key, Piece
 
 Weights = Mapping[str, Tensor]  # choice -> (labels,)
 Open = Mapping[str, frozenset[Label]]  # choice -> labels that are run; a choice that is not named has all

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from nasgraph.space import Label
-    from nasgraph.supernet import Supernet
+    from nasgraph.supernet.store import Supernet
     from nasgraph.tasks.batch import Batch
     from nasgraph.training.fewshot import FewShot
 

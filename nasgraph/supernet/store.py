@@ -19,21 +19,21 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nasgraph import checkpoint as checkpoints
-from nasgraph import sharing
 from nasgraph.build import Made, _each, _made, _Shapes, build_graph, node_seed
 from nasgraph.canonical import simplify
-from nasgraph.compiled import Compiler
 from nasgraph.errors import ConfigError, SpaceError, did_you_mean
-from nasgraph.scoring import Scorer
-from nasgraph.slicing import computed_for, cut_for
 from nasgraph.space import Architecture, Graph, Label, SearchSpace, Step
-from nasgraph.stored import called, numbered, start
-from nasgraph.structure import Form, Key, Piece, Structure, form, tracks
+from nasgraph.supernet import checkpoint as checkpoints
+from nasgraph.supernet import sharing
+from nasgraph.supernet.compiled import Compiler
+from nasgraph.supernet.scoring import Scorer
+from nasgraph.supernet.slicing import computed_for, cut_for
+from nasgraph.supernet.stored import called, numbered, start
+from nasgraph.supernet.structure import Form, Key, Piece, Structure, form, tracks
+from nasgraph.supernet.variants import chosen, options, variants
 from nasgraph.training.loop import TrainSettings
 from nasgraph.training.policies import Policy
 from nasgraph.training.shared import train_shared
-from nasgraph.variants import chosen, options, variants
 
 if TYPE_CHECKING:
     from nasgraph.ranking import RankReport
@@ -51,12 +51,13 @@ class Supernet:
 
     ``task`` is what it learns and is judged by; without one it is a store to slice.
 
-    Sizes are found by :func:`nasgraph.variants.variants`: all forms that an operation takes in the space, before
-    constraints. Each entry of a stored parameter starts as in the largest form that uses it, so the largest form starts
-    as it would alone.
+    Sizes are found by :func:`nasgraph.supernet.variants.variants`: all forms that an operation takes in the space,
+    before constraints. Each entry of a stored parameter starts as in the largest form that uses it, so the largest form
+    starts as it would alone.
 
     ``share`` lets parameters of equal name and shape be one: ``"options"`` those of a node's options,
-    ``"homogeneous"`` those of nodes that are the same layer; see :mod:`nasgraph.sharing`. They start as the first.
+    ``"homogeneous"`` those of nodes that are the same layer; see :mod:`nasgraph.supernet.sharing`. They start as the
+    first.
 
     Raises: SpaceError: a parameter that has another number of axes, or other entries than a rule can give, in another
     form of the same option; names the node, the option and the parameter. ConfigError: an unknown ``share``.

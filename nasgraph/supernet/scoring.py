@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 
 from nasgraph.space import Step
-from nasgraph.structure import Form, Key, Structure, ran
+from nasgraph.supernet.structure import Form, Key, Structure, ran
 
 LIMIT = 256 * 2**20  # bytes of tensors kept
 NUMBERS = 1_000_000  # results told apart before all is forgotten

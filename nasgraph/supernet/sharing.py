@@ -12,8 +12,8 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nasgraph.space import Node, SearchSpace, _choices_in, _plain, _switches_in, make_name
-from nasgraph.structure import Key
-from nasgraph.variants import Variant
+from nasgraph.supernet.structure import Key
+from nasgraph.supernet.variants import Variant
 
 Forms = Mapping[tuple[str, str], list[Variant]]
 

@@ -24,8 +24,8 @@ from nasgraph.space import SearchSpace
 from nasgraph.training.loop import TrainSettings, _optimizer
 
 if TYPE_CHECKING:
-    from nasgraph.structure import Key
-    from nasgraph.supernet import Supernet
+    from nasgraph.supernet.store import Supernet
+    from nasgraph.supernet.structure import Key
     from nasgraph.tasks.base import Task
 
 FILE = "checkpoint.json"
@@ -94,7 +94,7 @@ def load(
     """
     from safetensors.torch import load as from_bytes
 
-    from nasgraph.supernet import Supernet
+    from nasgraph.supernet.store import Supernet
 
     place = Path(folder)
     about = _read(place)

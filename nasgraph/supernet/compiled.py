@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nasgraph.structure import Numbers, Structure
+from nasgraph.supernet.structure import Numbers, Structure
 
 # How a step is computed: its module's place among the modules, or a function and its arguments.
 Plan = tuple[tuple[int, ...], int | None, Any, tuple[tuple[str, Any], ...]]
@@ -42,7 +42,7 @@ class Compiler:
     def run(
         self, structure: Structure, inputs: Sequence[Tensor], numbers: Numbers, training: bool, statistics: Numbers
     ) -> Tensor:
-        """The network's output; see :meth:`nasgraph.structure.Structure.run`."""
+        """The network's output; see :meth:`nasgraph.supernet.structure.Structure.run`."""
         places = {name: i for i, name in enumerate(structure.graph.inputs)}
         modules: list[nn.Module] = []
         plans: list[Plan] = []

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from nasgraph.space import Label
-    from nasgraph.supernet import Supernet
+    from nasgraph.supernet.store import Supernet
     from nasgraph.training.fewshot import FewShot
 
 SIGMAS = (0.001, 0.003, 0.006)  # those of GeNAS

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nasgraph.slicing import Computed, Cut
 from nasgraph.space import Graph, Step
+from nasgraph.supernet.slicing import Computed, Cut
 
 Key = tuple[str, str, str]  # node, option, name of the parameter within the operation
 Numbers = Mapping[str, Tensor]  # by their names in the network

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from nasgraph.build import node_seed
 from nasgraph.errors import SpaceError
-from nasgraph.slicing import OWN_RULES, Cut, Shape, axes_of, cut_for, extra_stored, taken
-from nasgraph.variants import Variant
+from nasgraph.supernet.slicing import OWN_RULES, Cut, Shape, axes_of, cut_for, extra_stored, taken
+from nasgraph.supernet.variants import Variant
 
 
 def start(forms: list[Variant], node: str, option: str, seed: int) -> dict[str, Tensor]:
