@@ -235,7 +235,7 @@ def _rank(options: argparse.Namespace) -> int:
 
     for name in options.proxy:
         registry.check("proxies", name)
-    from nasgraph.ranking import rank_run
+    from nasgraph.rank import rank_run
     from nasgraph.run import Run
 
     run = Run.open(options.folder)

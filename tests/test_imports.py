@@ -144,7 +144,7 @@ def test_space_imports_canonical_only_when_called() -> None:
 
 
 def test_config_dies_at_the_command_line() -> None:
-    names = ("cli", "search", "run", "workers", "pretraining", "catalogue", "doctor", "config")
+    names = ("cli", "search", "run", "workers", "pretraining", "rank", "catalogue", "doctor", "config")
     top = {f"nasgraph.{name}" for name in names}
     assert {module for module in EVERYTHING if "nasgraph.config" in own_modules(module)} <= top
 
