@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -41,13 +43,24 @@ def write(path: Path, manifest: Mapping[str, Any]) -> None:
 
     Raises: NasgraphError: the folder cannot be written or the disk is full.
     """
+    with writing(path) as file:
+        file.write(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[io.StringIO]:
+    """A text file that appears whole or not at all. Raises: NasgraphError: it cannot be written."""
+    text = io.StringIO(newline="")
+    yield text
     temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise NasgraphError(f"cannot write {path}: {error.strerror or error}; free the disk or choose --out") from None
+        raise NasgraphError(
+            f"cannot write {path}: {error.strerror or error}; free the disk or choose another --out"
+        ) from None
 
 
 def read(path: Path) -> dict[str, Any]:

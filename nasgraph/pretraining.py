@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from nasgraph import config, manifest, registry
 from nasgraph.errors import ConfigError, DamagedFile, NotFinite, SearchStopped
-from nasgraph.run import writing
 from nasgraph.space import SearchSpace
 from nasgraph.supernet import Supernet, checkpoint
 from nasgraph.training import TrainSettings
@@ -123,7 +122,7 @@ class Pretraining:
 
     def _write_history(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        with writing(self.folder / HISTORY) as file:
+        with manifest.writing(self.folder / HISTORY) as file:
             writer = csv.writer(file)
             writer.writerow(["step", "loss_of_first", "mean_loss"])
             writer.writerows(self.history)

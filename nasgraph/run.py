@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import functools
-import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -196,7 +194,7 @@ class Run:
         """Write the front as ``pareto.csv``."""
         names = [name for name, _ in self.objectives]
         measured = list(dict.fromkeys(name for final in self.finals.values() for name in final.values))
-        with writing(self.folder / PARETO) as file:
+        with manifest.writing(self.folder / PARETO) as file:
             writer = csv.writer(file)
             writer.writerow(["key", *names, *(f"final_{name}" for name in measured), "folder", "architecture"])
             for record in self.front():
@@ -290,17 +288,3 @@ class Run:
         console.print(f"time:    {spent}", highlight=False)
         console.print(f"models:  {self.folder / MODELS}", highlight=False, soft_wrap=True)
         console.print(f"report:  {self.folder / REPORT}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[io.StringIO]:
-    """A text file that appears whole or not at all. Raises: NasgraphError: it cannot be written."""
-    text = io.StringIO(newline="")
-    yield text
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise NasgraphError(f"cannot write {path}: {error.strerror}; free the disk or choose another folder") from None

@@ -26,7 +26,7 @@ from nasgraph.executors import Executor, InProcess, Processes, RayActors
 from nasgraph.objectives import Result, Scored
 from nasgraph.pretraining import Pretraining
 from nasgraph.readable import number
-from nasgraph.run import MANIFEST, MODELS, PARETO, REPORT, SCREEN, SUPERNET, Run, writing
+from nasgraph.run import MANIFEST, MODELS, PARETO, REPORT, SCREEN, SUPERNET, Run
 from nasgraph.samplers import make_sampler
 from nasgraph.screen import ScreenRow, ScreenTable, screen, survivors
 from nasgraph.space import Architecture
@@ -150,7 +150,7 @@ def score(settings: Config, out: Path, quiet: bool = False) -> int:
     with _executor(settings, out.parent) as executor:
         rows = _screen(settings, made, table, executor, display)
     names = list(dict.fromkeys(name for row in rows for name in row.values))
-    with writing(out) as file:
+    with manifest.writing(out) as file:
         writer = csv.writer(file)
         writer.writerow(["index", "key", *names, "failure", "architecture"])
         for row in rows:
