@@ -199,12 +199,13 @@ def test_closing_leaves_no_process() -> None:
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
 sys.path.insert(0, {tests!r})
 import fake_search as fakes
 from nasgraph.executors import Processes
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background of a script ignores it
     with Processes(fakes.misbehave, workers=2) as executor:
         executor.submit(0, 1)
         executor.submit(1, 1)

@@ -108,7 +108,7 @@ def test_shared_results_are_the_same_bits(on_graph: Supernet, limit: int) -> Non
 
 def test_what_is_alike_is_computed_once(on_graph: Supernet, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
-    from nasgraph import scoring, structure
+    from nasgraph.supernet import scoring, structure
 
     original = structure.ran
 

@@ -400,11 +400,12 @@ def test_a_full_disk_is_said_and_loses_nothing_recorded(tmp_path: Path, monkeypa
 def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
     script = tmp_path / "interrupted.py"
     script.write_text(
-        f"import sys; sys.path.insert(0, {str(TESTS)!r})\n"
+        f"import signal, sys; sys.path.insert(0, {str(TESTS)!r})\n"
         "import fake_search as fakes\n"
         "from nasgraph.executors import Processes\n"
         "from nasgraph.study import Study\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a script\n"
         "    with Processes(fakes.slow_toy, workers=2) as executor:\n"
         f"        path = {str(tmp_path / 'study.db')!r}\n"
         "        study = Study(path, 'search', fakes.chain(), fakes.OBJECTIVES, 'random', 3)\n"
