@@ -72,11 +72,10 @@ def save(supernet: Supernet, folder: str | os.PathLike[str]) -> Path:
         "tensors": f"{sha256[:32]}.safetensors",
         "sha256": sha256,
     }
-    about["checksum"] = _checksum(about)
     try:
         place.mkdir(parents=True, exist_ok=True)
         _write(place / about["tensors"], data)
-        _write(place / FILE, (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
+        write(place / FILE, about)
         for old in place.glob("*.safetensors"):
             if old.name != about["tensors"] and re.fullmatch("[0-9a-f]{32}", old.stem):
                 old.unlink(missing_ok=True)
@@ -97,7 +96,7 @@ def load(
     from nasgraph.supernet.store import Supernet
 
     place = Path(folder)
-    about = _read(place)
+    about = read(place / FILE, VERSION, "checkpoint")
     if about["key_version"] != KEY_VERSION:
         raise SpaceError(
             f"checkpoint {place} has keys of version {about['key_version']}, this nasgraph has {KEY_VERSION}: "
@@ -154,18 +153,29 @@ def _optimizer_state(
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
 
 
-def _read(place: Path) -> dict[str, Any]:
+def read(path: Path, version: int, what: str) -> dict[str, Any]:
+    """The JSON file that :func:`write` wrote; ``what`` is what messages call its folder.
+
+    Raises: ConfigError: there is none, or it is of another version. DamagedFile: it is not what was written.
+    """
+    place = path.parent
     try:
-        about = json.loads((place / FILE).read_text(encoding="utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there is no checkpoint in {place}: {FILE} is missing") from None
+        raise ConfigError(f"there is no {what} in {place}: {path.name} is missing") from None
     except (OSError, ValueError) as error:
-        raise DamagedFile(f"checkpoint {place}: cannot read {FILE}: {error}") from error
+        raise DamagedFile(f"{what} {place}: cannot read {path.name}: {error}") from error
     if not isinstance(about, dict) or about.get("checksum") != _checksum(about):
-        raise DamagedFile(f"checkpoint {place}: {FILE} is not what was written (its checksum differs)")
-    if about["version"] != VERSION:
-        raise ConfigError(f"checkpoint {place} has version {about['version']}, this nasgraph reads {VERSION}")
+        raise DamagedFile(f"{what} {place}: {path.name} is not what was written (its checksum differs)")
+    if about["version"] != version:
+        raise ConfigError(f"{what} {place} has version {about['version']}, this nasgraph reads {version}")
     return about
+
+
+def write(path: Path, about: Mapping[str, Any]) -> None:
+    """``about`` as JSON with its checksum, in one step."""
+    text = json.dumps({**about, "checksum": _checksum(about)}, indent=1, sort_keys=True)
+    _write(path, (text + "\n").encode())
 
 
 def _checksum(about: Mapping[str, Any]) -> str:

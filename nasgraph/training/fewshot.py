@@ -8,7 +8,6 @@ that go on from the same weights (Zhao et al., Few-shot NAS, ICML 2021).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,11 +19,10 @@ import torch
 from torch import fx, nn
 
 from nasgraph import registry
-from nasgraph.errors import ConfigError, DamagedFile, SpaceError, did_you_mean
+from nasgraph.errors import ConfigError, SpaceError, did_you_mean
 from nasgraph.space import Architecture, Label, SearchSpace
 from nasgraph.supernet import SAMPLES, Subnet, Supernet
 from nasgraph.supernet import checkpoint as checkpoints
-from nasgraph.supernet.checkpoint import _checksum, _write
 from nasgraph.training.policies import Policy
 from nasgraph.training.splitting import MEASURES, Measure, Split, best_split
 
@@ -254,8 +252,7 @@ class FewShot:
             "leaves": [asdict(domain) | {"folder": _folder(supernet)} for domain, supernet in self.leaves],
             "splits": [asdict(split) for split in self.splits],
         }
-        about["checksum"] = _checksum(about)
-        _write(place / FILE, (json.dumps(about, indent=1, sort_keys=True) + "\n").encode())
+        checkpoints.write(place / FILE, about)
         return place / FILE
 
     @staticmethod
@@ -266,7 +263,7 @@ class FewShot:
             ConfigError: there is no few-shot supernet.
         """
         place = Path(folder)
-        about = _read(place)
+        about = checkpoints.read(place / FILE, VERSION, "few-shot supernet")
         if about["space"] != space.name or about["fingerprint"] != space.fingerprint():
             same = " with other choices, operations or sizes" if about["space"] == space.name else ""
             raise SpaceError(f"{place / FILE} is of space '{about['space']}'{same}, not of '{space.name}': train anew")
@@ -305,17 +302,3 @@ def _counted(on_step: Callable[[int, Sequence[float]], None], before: int, step:
 def _folder(leaf: Supernet) -> str:
     """Named after its space, so a folder never mixes the leaves of two splits."""
     return f"leaf-{leaf.space.fingerprint()[:12]}"
-
-
-def _read(place: Path) -> dict[str, Any]:
-    try:
-        about = json.loads((place / FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no few-shot supernet in {place}: {FILE} is missing") from None
-    except (OSError, ValueError) as error:
-        raise DamagedFile(f"cannot read {place / FILE}: {error}") from error
-    if not isinstance(about, dict) or about.get("checksum") != _checksum(about):
-        raise DamagedFile(f"{place / FILE} is not what was written (its checksum differs)")
-    if about["version"] != VERSION:
-        raise ConfigError(f"{place / FILE} has version {about['version']}, this nasgraph reads {VERSION}")
-    return about
