@@ -43,10 +43,14 @@ class Made:
 
     def __call__(self) -> nn.Module:
         """Make the module anew."""
-        module = self.make(**_each(self.kwargs, Made, lambda made: made()))
+        module = self.thing()
         if not isinstance(module, nn.Module):
             raise SpaceError(f"{self.make!r} made a {type(module).__name__}, not an nn.Module: use Call for functions")
         return module
+
+    def thing(self) -> Any:
+        """What the call returns: an argument of another call need not be a module."""
+        return self.make(**_each(self.kwargs, Made, lambda made: made.thing()))
 
 
 def build(space: SearchSpace, architecture: Mapping[str, Label], seed: int = 0) -> fx.GraphModule:

@@ -155,6 +155,7 @@ def simplify(graph: Graph) -> Graph:
     A zero that something needs is one ``Zero`` step, reading the earliest tensor known to have its shape.
     """
     place = {step.name: i for i, step in enumerate(graph.steps)}
+    graph = replace(graph, steps=tuple(replace(step, op=_normal(step.op)) for step in graph.steps))
     for _ in range(len(graph.steps) + 1):  # mostly once or twice
         before = {step.name: step.sources for step in graph.steps}
         graph, flattened = _flatten(_reachable(_propagate(graph)))
@@ -162,6 +163,12 @@ def simplify(graph: Graph) -> Graph:
         if not flattened and (not zero or before == {step.name: step.sources for step in graph.steps}):
             break
     return _ordered(graph, place)
+
+
+def _normal(op: ConcreteOp) -> ConcreteOp:
+    """``op`` without settings that change nothing: what makes it may offer ``simplified(op)``."""
+    simplified: Callable[[ConcreteOp], ConcreteOp] | None = getattr(op.make, "simplified", None)
+    return op if simplified is None else simplified(op)
 
 
 def _propagate(graph: Graph) -> Graph:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     import networkx
     import torch
 
+    from nasgraph.transforms import Transform
+
 Label = Union[str, int, float, bool, None]  # noqa: UP007 - used at run time on Python 3.10
 Pick = Callable[["Choice"], Label]
 
@@ -317,7 +319,7 @@ class SearchSpace:
         self.choices: dict[str, Choice] = {}
         self.constraints: dict[str, Callable[[Architecture], bool]] = {}
         self._nodes: list[Node] = []
-        self._ops: dict[str, Op | Choice] = {}
+        self._ops: dict[str, Op | Choice | Switch] = {}
         self._sources: dict[str, tuple[Source, ...]] = {}
         self._output: Source | None = None
 
@@ -329,13 +331,17 @@ class SearchSpace:
         self.inputs[name] = Input(name, example, dict(dynamic or {}))
         return node
 
-    def add(self, name: str, op: Op | Choice, *sources: Source) -> Node:
+    def add(self, name: str, op: Op | Choice | Switch, *sources: Source, transforms: Sequence[Transform] = ()) -> Node:
         """Declare an operation called ``name`` that reads ``sources``, each a node, or a choice or switch of nodes.
+
+        ``transforms`` rewrite whatever the operation is: fewer bits, adapters, masks; see ``docs/transforms.md``.
 
         Raises: SpaceError: a name used before, a source of another space, a choice of the wrong kind of option.
         """
         if not sources:
             raise SpaceError(f"node '{name}' reads nothing: name at least one source")
+        if transforms:
+            op = _with_transforms(op, transforms, name)
         for operation in self._options(op, Op, f"node '{name}': the operation"):
             self._register(operation.kwargs, f"node '{name}'")
         for source in sources:
@@ -684,7 +690,7 @@ class SearchSpace:
         outputs = set() if self._output is None else {n.name for n in self._options(self._output, Node, "output")}
         for node in self._nodes:
             op = self._ops.get(node.name)
-            text = "" if op is None else op.label if isinstance(op, Op) else " | ".join(map(str, op.labels))
+            text = "" if op is None else op.label if isinstance(op, Op) else " | ".join(str(i) for i, _ in op.declared)
             kind = "input" if op is None else "op"
             graph.add_node(node.name, kind=kind, op=text, output=node.name in outputs)
             for position, source in enumerate(self._sources.get(node.name, ())):
@@ -696,6 +702,19 @@ class SearchSpace:
 
     def __repr__(self) -> str:
         return f"SearchSpace({self.name!r}, {len(self._ops)} nodes, {len(self.choices)} choices)"
+
+
+def _with_transforms(op: Any, transforms: Sequence[Transform], node: str) -> Any:
+    """``op``, or each operation that it may become, with ``transforms`` around it; by the same decisions as before."""
+    if isinstance(op, Choice):
+        return Switch(op, {label: _with_transforms(option, transforms, node) for label, option in op.declared})
+    if isinstance(op, Switch):
+        return Switch(op.choice, {label: _with_transforms(case, transforms, node) for label, case in op.declared})
+    if not isinstance(op, Op) or op.is_call:
+        raise SpaceError(f"node '{node}': transforms rewrite operations with parameters, not {op!r}")
+    takes = op.takes if op.takes is not None else _accepts(op.make)
+    maker = type(transforms[0]).maker
+    return Op(maker, label=op.label, takes=takes, op=op, transforms=[each.op() for each in transforms])
 
 
 def make_name(make: Callable[..., Any]) -> str:

@@ -12,6 +12,8 @@ smaller form; ``name`` is the parameter's name below the module that has the met
     are given, with their start, by a static method ``extra_stored(forms) -> {name: Tensor}``. Entries start as
     the other rules select them, so the start of what is computed should be that selection.
 
+The outermost module that has a rule decides, except that one with ``own_slices = True`` is not spoken for from above.
+
 Classes that are not ours to give a method are in the tables here; the rules hold for subclasses too.
 """
 
@@ -146,8 +148,10 @@ def computed_for(module: nn.Module, name: str, names: Sequence[str]) -> Computed
 def _outermost(module: nn.Module, name: str, of: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any, str] | None:
     """The first module on the way to the parameter that has what ``of`` looks for, and the parameter's name in it."""
     parts = name.split(".")
-    for depth in range(len(parts)):
-        owner = module.get_submodule(".".join(parts[:depth]))
+    owners = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    first = max((depth for depth, owner in enumerate(owners) if getattr(owner, "own_slices", False)), default=0)
+    for depth in range(first, len(parts)):
+        owner = owners[depth]
         found = of(owner)
         if found is not None:
             return owner, found, ".".join(parts[depth:])

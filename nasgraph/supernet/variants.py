@@ -139,8 +139,9 @@ def _ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, A
         if whole:
             yield cube, thing
             return
-        for after, kwargs in _ways(thing.kwargs, cube):
-            yield after, ConcreteOp(thing.make, kwargs, thing.label, thing.is_call, thing.takes)
+        for some in _parts(thing):
+            for after, kwargs in _ways(some, cube):
+                yield after, ConcreteOp(thing.make, kwargs, thing.label, thing.is_call, thing.takes)
     elif isinstance(thing, _Arithmetic):
         for after, (left, right) in _ways((thing.left, thing.right), cube):
             yield after, thing.function(left, right)
@@ -156,6 +157,20 @@ def _ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, A
                 yield after, type(thing)((first, *rest))
     else:
         yield cube, thing
+
+
+def _parts(op: Op) -> list[dict[str, Any]]:
+    """Arguments of ``op`` that together show all its forms.
+
+    Transforms of one operation add parameters without looking at each other, so one at a time shows them all: a sum of
+    their options, not a product. Those that replace a layer (``structural``) are always there.
+    """
+    transforms = op.kwargs.get("transforms") if getattr(op.make, "one_at_a_time", False) else None
+    if not transforms:
+        return [op.kwargs]
+    always = [each for each in transforms if getattr(each.make, "structural", False)]
+    alone = [each for each in transforms if each not in always]
+    return [{**op.kwargs, "transforms": [*always, each]} for each in alone] or [op.kwargs]
 
 
 def _joined(cube: Cube, tables: list[list[tuple[Cube, Tensors]]]) -> Iterator[tuple[Cube, tuple[Tensors, ...]]]:

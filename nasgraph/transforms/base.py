@@ -1,0 +1,164 @@
+"""A transform rewrites an operation: fewer bits, an adapter, a mask, factors. Its settings may be choices.
+
+``space.add("conv1", Op(GCNConv, out_channels=width), x, transforms=[Quantize(weight_bits=bits)])`` declares one on a
+node; ``SearchSpace.from_module(model, [Lora("*.query", rank=Choice("rank.{name}", [0, 4, 8]))])`` on a model that
+already exists. Either way the network is made by :func:`transformed`: the operation first, exactly as it would be
+without transforms, then each transform in the order slice, factors, mask, quantisation, adapter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar
+
+from torch import nn
+
+from nasgraph.errors import SpaceError, did_you_mean
+from nasgraph.space import Choice, ConcreteOp, Expr, Op, Switch
+from nasgraph.transforms.layers import KINDS, plain_linears, swapped
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Base of all transforms. A subclass is a frozen dataclass: its fields are plain values, or choices of them.
+
+    Args:
+        where: pattern of the names of the modules to rewrite: ``*`` is any text, ``(a|b)`` one of several. All layers
+            that the transform can rewrite, at or below a module of such a name, are. In a declared space names are
+            those inside of one operation.
+    """
+
+    where: str = "*"
+
+    order: ClassVar[int] = 0  # transforms of a smaller number are applied first
+    maker: ClassVar[Callable[..., nn.Module]]  # what makes an operation with transforms: transformed()
+    structural: ClassVar[bool] = False  # it replaces layers, so that other transforms see other layers
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = tuple(KINDS)  # of layers that it can rewrite
+
+    def neutral(self) -> bool:
+        """Whether it changes nothing: such a transform is left out, so the network is the plain one bit for bit."""
+        raise NotImplementedError
+
+    def rewrite(self, layer: nn.Module) -> nn.Module:
+        """``layer``, one of ``kinds``, rewritten: in place, or another module in its place."""
+        raise NotImplementedError
+
+    def apply(self, module: nn.Module) -> nn.Module:
+        """``module`` with its layers at ``where`` rewritten, in place if possible.
+
+        Raises: SpaceError: it has no such layer; says which layers there are and which can be rewritten.
+        """
+        found = [(name, layer) for name, layer in module.named_modules() if matches(self.where, name)]
+        found = [(name, layer) for name, layer in found if self.can_rewrite(layer)]
+        if not found:
+            raise SpaceError(self._nothing(module))
+        for _, layer in found:
+            module = swapped(module, layer, self.rewrite(layer))
+        return module
+
+    def can_rewrite(self, layer: nn.Module) -> bool:
+        """Whether ``layer`` itself, not one below it, is of a kind that this transform rewrites."""
+        return type(layer) in self.kinds or any(KINDS.get(kind) is type(layer) for kind in self.kinds)
+
+    def _nothing(self, module: nn.Module) -> str:
+        below = [name for name, layer in module.named_modules() if self.can_rewrite(layer)]
+        kinds = ", ".join(sorted(kind.__name__ for kind in self.kinds))
+        if below:
+            names = ", ".join(name or "the operation itself" for name in below[:5])
+            return f"{type(self).__name__}: no layer that it can rewrite is called '{self.where}'; there are: {names}"
+        return (
+            f"{type(self).__name__} cannot rewrite {type(module).__name__}, which has no layer of these kinds: {kinds}"
+        )
+
+    def op(self) -> Op:
+        """The same as an :class:`~nasgraph.space.Op`, with only what differs from the defaults: its choices stay."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Op(type(self), **{f.name: given[f.name] for f in fields(self) if given[f.name] is not f.default})
+
+    def check(self, field: str, holds: Callable[[Any], bool], way_out: str) -> None:
+        """Every value that ``field`` may take must meet ``holds``. For ``__post_init__``: refused at declaration.
+
+        Raises: SpaceError: names the transform, the field, the value and ``way_out``.
+        """
+        for option in each_option(getattr(self, field)):
+            if not holds(option):
+                raise SpaceError(f"{type(self).__name__}: {field} is {option!r}: {way_out}")
+
+
+def each_option(value: Any) -> Iterator[Any]:
+    """All plain values that ``value`` may become; arithmetic over choices is not looked into."""
+    if isinstance(value, Choice):
+        for option in value.options:
+            yield from each_option(option)
+    elif isinstance(value, Switch):
+        for case in value.cases.values():
+            yield from each_option(case)
+    elif not isinstance(value, Expr):
+        yield value
+
+
+def transformed(op: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
+    """``op`` rewritten by ``transforms``, which may come in any order. This is what makes a node with transforms.
+
+    Raises: SpaceError: a transform finds nothing that it can rewrite.
+    """
+    module = op
+    active = [transform for transform in transforms if not transform.neutral()]
+    if active:
+        module = plain_linears(module)
+    for transform in sorted(active, key=lambda each: each.order):
+        module = transform.apply(module)
+    return module
+
+
+def simplified(op: ConcreteOp) -> ConcreteOp:
+    """A :func:`transformed` operation without its neutral transforms: the plain operation, if none is left."""
+    kept = [each for each in op.kwargs["transforms"] if not each.make(**each.kwargs).neutral()]
+    if not kept:
+        inner: ConcreteOp = op.kwargs["op"]
+        return ConcreteOp(inner.make, inner.kwargs, op.label, inner.is_call, op.takes)
+    return ConcreteOp(op.make, {**op.kwargs, "transforms": kept}, op.label, op.is_call, op.takes)
+
+
+Transform.maker = staticmethod(transformed)
+transformed.simplified = simplified  # type: ignore[attr-defined]  # canonical.simplify looks for it
+transformed.one_at_a_time = True  # type: ignore[attr-defined]  # and supernet.variants for this
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` fits ``name``, or the name of a module that it lies in."""
+    expression = compiled(pattern)
+    parts = name.split(".")
+    return any(expression.fullmatch(".".join(parts[:n])) for n in range(len(parts), 0, -1))
+
+
+@lru_cache(maxsize=4096)
+def compiled(pattern: str) -> re.Pattern[str]:
+    """``*`` any text, ``(a|b)`` alternatives; all else means itself. Raises: SpaceError: brackets that do not match."""
+    text = "".join(".*" if c == "*" else c if c in "(|)" else re.escape(c) for c in pattern)
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise SpaceError(f"the pattern '{pattern}' cannot be read: {error}") from None
+
+
+def matching(model: nn.Module, pattern: str) -> list[str]:
+    """Names of the modules of ``model`` that ``pattern`` itself fits, without those below them.
+
+    Raises: SpaceError: none; lists the nearest names.
+    """
+    expression = compiled(pattern)
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        below = any(name.startswith(f"{above}.") for above in found if above)
+        if name and not below and expression.fullmatch(name):
+            found.append(name)
+    if not found:
+        names = [name for name, _ in model.named_modules() if name]
+        near = did_you_mean(pattern, names)
+        some = "" if near else f" Its modules: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+        raise SpaceError(f"the pattern '{pattern}' fits no module of {type(model).__name__}.{near}{some}")
+    return found
