@@ -55,7 +55,7 @@ def variants(space: SearchSpace) -> dict[tuple[str, str], list[Variant]]:
     for name in space._ops:
         names = options(space, name)
         forms: list[tuple[Cube, Tensors]] = []
-        for cube, op, make, sources in _readings(space, name):
+        for cube, op, make, sources in _readings(space, name, apart=True):
             for joined, shapes in _joined(cube, [tables[source] for source in sources]):
                 signature = (op.signature, shapes)
                 if signature not in known:
@@ -113,12 +113,15 @@ def _paths(thing: Any, path: tuple[Label, ...]) -> Iterator[tuple[tuple[Label, .
         yield from _paths(option, (*path, label))
 
 
-def _readings(space: SearchSpace, node: str) -> Iterator[tuple[Cube, ConcreteOp, Op, tuple[str, ...]]]:
-    """Every way to decide what ``node`` is and what it reads."""
+def _readings(
+    space: SearchSpace, node: str, apart: bool = False
+) -> Iterator[tuple[Cube, ConcreteOp, Op, tuple[str, ...]]]:
+    """Every way to decide what ``node`` is and what it reads. ``apart``: with one transform at a time."""
     for cube, make in _ways(space._ops[node], {}, whole=True):
-        for with_op, op in _ways(make, cube):
-            for decided, sources in _ways(space._sources[node][: _reads(op)], with_op):
-                yield decided, op, make, tuple(source.name for source in sources)
+        for some in _parts(make) if apart else [make]:
+            for with_op, op in _ways(some, cube):
+                for decided, sources in _ways(space._sources[node][: _reads(op)], with_op):
+                    yield decided, op, make, tuple(source.name for source in sources)
 
 
 def _ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, Any]]:
@@ -139,9 +142,8 @@ def _ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, A
         if whole:
             yield cube, thing
             return
-        for some in _parts(thing):
-            for after, kwargs in _ways(some, cube):
-                yield after, ConcreteOp(thing.make, kwargs, thing.label, thing.is_call, thing.takes)
+        for after, kwargs in _ways(thing.kwargs, cube):
+            yield after, ConcreteOp(thing.make, kwargs, thing.label, thing.is_call, thing.takes)
     elif isinstance(thing, _Arithmetic):
         for after, (left, right) in _ways((thing.left, thing.right), cube):
             yield after, thing.function(left, right)
@@ -159,18 +161,18 @@ def _ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, A
         yield cube, thing
 
 
-def _parts(op: Op) -> list[dict[str, Any]]:
-    """Arguments of ``op`` that together show all its forms.
+def _parts(op: Op) -> list[Op]:
+    """Operations that together show all parameters of ``op``.
 
     Transforms of one operation add parameters without looking at each other, so one at a time shows them all: a sum of
     their options, not a product. Those that replace a layer (``structural``) are always there.
     """
     transforms = op.kwargs.get("transforms") if getattr(op.make, "one_at_a_time", False) else None
     if not transforms:
-        return [op.kwargs]
+        return [op]
     always = [each for each in transforms if getattr(each.make, "structural", False)]
-    alone = [each for each in transforms if each not in always]
-    return [{**op.kwargs, "transforms": [*always, each]} for each in alone] or [op.kwargs]
+    lists = [[*always, each] for each in transforms if each not in always] or [always]
+    return [Op(op.make, label=op.label, takes=op.takes, **{**op.kwargs, "transforms": some}) for some in lists]
 
 
 def _joined(cube: Cube, tables: list[list[tuple[Cube, Tensors]]]) -> Iterator[tuple[Cube, tuple[Tensors, ...]]]:

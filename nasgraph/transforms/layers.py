@@ -17,6 +17,7 @@ that module's rules (default: leading entries) and not by those of the layer tha
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,7 +68,8 @@ class TransformedConv1d(Transformed, nn.Conv1d):
 
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         """See :class:`Transformed`."""
-        return self._conv_forward(x, weight, self.bias)
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 class TransformedConv2d(Transformed, nn.Conv2d):
@@ -75,7 +77,8 @@ class TransformedConv2d(Transformed, nn.Conv2d):
 
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         """See :class:`Transformed`."""
-        return self._conv_forward(x, weight, self.bias)
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 class TransformedConv3d(Transformed, nn.Conv3d):
@@ -83,7 +86,8 @@ class TransformedConv3d(Transformed, nn.Conv3d):
 
     def run(self, x: Tensor, weight: Tensor) -> Tensor:
         """See :class:`Transformed`."""
-        return self._conv_forward(x, weight, self.bias)
+        out: Tensor = self._conv_forward(x, weight, self.bias)
+        return out
 
 
 class TransformedEmbedding(Transformed, nn.Embedding):
@@ -116,7 +120,7 @@ def extended(layer: nn.Module) -> Transformed:
         raise TypeError(f"{type(layer).__name__} is not one of {', '.join(k.__name__ for k in KINDS)}")
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         raise ValueError("an embedding with max_norm writes into its weight: make it without")
-    layer.__class__ = kind
+    layer.__class__ = kind  # type: ignore[assignment]
     for place in PLACES:
         layer.add_module(place, nn.ModuleDict())
     return layer  # type: ignore[return-value]
@@ -136,7 +140,8 @@ def plain_linears(module: nn.Module) -> nn.Module:
     dense = sys.modules.get("torch_geometric.nn.dense.linear")
     if dense is None:
         return module
-    for layer in [each for each in module.modules() if type(each) is dense.Linear]:
+    found: list[Any] = [each for each in module.modules() if type(each) is dense.Linear]
+    for layer in found:
         bias = layer.bias is not None
         linear = nn.Linear(layer.in_channels, layer.out_channels, bias, device="meta")
         linear.weight = layer.weight

@@ -101,11 +101,12 @@ class Importance(Policy):
         self.scores = {(choice, label): score for choice, label, score in state["scores"]}
 
 
-def _decides(choice: Choice, op: Op | Choice) -> bool:
+def _decides(choice: Choice, op: Op | Choice | Switch) -> bool:
     """Whether ``choice`` takes part in which operation the node is."""
     if isinstance(op, Op):
         return False
-    return op is choice or any(_decides(choice, option) for option in op.options)
+    decision = op.choice if isinstance(op, Switch) else op
+    return decision is choice or any(_decides(choice, option) for _, option in op.declared)
 
 
 def _decisions(op: Any, architecture: Architecture) -> Iterator[Score]:
@@ -113,6 +114,5 @@ def _decisions(op: Any, architecture: Architecture) -> Iterator[Score]:
     while not isinstance(op, Op):
         decision = op.choice if isinstance(op, Switch) else op
         label = architecture[decision.name]
-        if not isinstance(op, Switch):
-            yield decision.name, label
+        yield decision.name, label
         op = op.cases[label] if isinstance(op, Switch) else op.option(label)
