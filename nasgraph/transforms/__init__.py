@@ -1,6 +1,7 @@
 """Bit-widths, adapter ranks, masks and factor ranks as choices, on any operation and any model."""
 
 from nasgraph.transforms.base import Transform, transformed
+from nasgraph.transforms.lora import Lora
 from nasgraph.transforms.prune import Prune
 
 __all__ = ["Prune", "Transform", "transformed"]
