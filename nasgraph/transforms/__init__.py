@@ -4,4 +4,4 @@ from nasgraph.transforms.base import Transform, transformed
 from nasgraph.transforms.lora import Lora
 from nasgraph.transforms.prune import Prune
 
-__all__ = ["Prune", "Transform", "transformed"]
+__all__ = ["Lora", "Prune", "Transform", "transformed"]

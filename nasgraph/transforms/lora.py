@@ -68,6 +68,7 @@ class Lora(Transform):
     blocks: Any = 4
 
     order: ClassVar[int] = 3
+    freezes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         self.check("rank", lambda rank: _whole(rank, 0), "give a whole number, 0 for no adapter")
