@@ -2,6 +2,7 @@
 
 from nasgraph.transforms.base import Transform, transformed
 from nasgraph.transforms.lora import Lora
+from nasgraph.transforms.low_rank import LowRank
 from nasgraph.transforms.prune import Prune
 
-__all__ = ["Lora", "Prune", "Transform", "transformed"]
+__all__ = ["Lora", "LowRank", "Prune", "Transform", "transformed"]
