@@ -132,7 +132,8 @@ class _Shapes:
     def after(self, step: Step, module: nn.Module | None) -> None:
         signature = (step.op.signature, tuple(self.shapes[name] for name in step.sources))
         if signature not in self.known:
-            self.known[signature] = self._run(step, module)
+            shape = getattr(step.op.make, "shape", None)  # an operation may know it
+            self.known[signature] = self._run(step, module) if shape is None else shape(step.op)
         self.shapes[step.name] = self.known[signature]
 
     def _run(self, step: Step, module: nn.Module | None) -> tuple[tuple[int, ...], torch.dtype]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import networkx
     import torch
 
+    from nasgraph.model_space import ModelSpace
     from nasgraph.transforms import Transform
 
 Label = Union[str, int, float, bool, None]  # noqa: UP007 - used at run time on Python 3.10
@@ -322,6 +323,34 @@ class SearchSpace:
         self._ops: dict[str, Op | Choice | Switch] = {}
         self._sources: dict[str, tuple[Source, ...]] = {}
         self._output: Source | None = None
+
+    @staticmethod
+    def from_module(model: torch.nn.Module, rules: Sequence[Transform], **options: Any) -> ModelSpace:
+        """A space over a model that already exists, which is never changed.
+
+        Each rule is a transform with a pattern of module names; for every module that it fits there is one, and
+        ``{name}`` in the name of a choice stands for that module: ``rank=Choice("rank.{name}", [0, 4, 8])`` is a
+        choice for each, ``Choice("rank", [0, 4, 8])`` one for all.
+
+        A rule that freezes (``Lora``) freezes the whole model, and all networks of the space share its numbers: only
+        what was added is trained, and what ``train`` names.
+
+        Args:
+            rules: transforms; see ``docs/transforms.md``.
+            inputs: example inputs: a tensor, a tuple, or a dict by the names of ``forward``'s first arguments. Needed
+                for tasks, costs and exports, not for making models.
+            dynamic: of inputs by their names, the axes whose length may change: ``{"x": {0: "batch"}}``.
+            output: attribute, key or index of the output, for a model that returns more than one tensor: ``"logits"``.
+            train: patterns of modules that stay trainable in a frozen model: ``["classifier"]``.
+            make: ``Op(MyNet, width=8)``, which makes the same model anew: exported code contains it.
+            name: of the space; default: the model's class.
+
+        Raises: SpaceError: a pattern that fits no module (lists the nearest names), a module that a rule cannot
+            rewrite, two rules of one kind for one module, inputs that the model cannot read.
+        """
+        from nasgraph.model_space import from_module
+
+        return from_module(model, rules, **options)
 
     # ---- declare ------------------------------------------------------------------------------------------------
 

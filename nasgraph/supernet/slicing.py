@@ -77,6 +77,14 @@ def by_head(module: nn.Module, name: str, shape: Shape) -> Shape:
     return (1, 3, heads, channels) if part == "lin_beta" else (heads, channels, *shape[1:])
 
 
+def kept(module: nn.Module, name: str, stored: Tensor, shape: Sequence[int]) -> Tensor:
+    """Of a layer that was pruned to some of its channels: the entries that its ``kept_entries`` names, by axis."""
+    for axis, index in enumerate(module.kept_entries.get(name, ())):  # type: ignore[operator, union-attr]
+        if index is not None:
+            stored = stored.index_select(axis, index)
+    return stored
+
+
 OWN_RULES = (leading, centred)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -162,6 +170,8 @@ def _rule(module: nn.Module) -> Rule | None:
     own = getattr(type(module), "slice_rule", None)
     if own is not None:
         return own  # type: ignore[no-any-return]
+    if "kept_entries" in module.__dict__:
+        return kept
     return next((RULES[kind] for kind in type(module).__mro__ if kind in RULES), None)
 
 

@@ -70,7 +70,10 @@ class Supernet:
         self.space, self._task, self.seed, self.share = space, task, seed, share
         self.device = torch.device("cpu")
         self.store: dict[Key, nn.Parameter] = {}
-        found = variants(space)
+        known = getattr(space, "start", None)  # a space over a model knows what to store
+        found = {} if known else variants(space)
+        for own, (numbers, trains) in known(seed).items() if known else ():
+            self.store[own] = nn.Parameter(numbers, requires_grad=trains)
         same = None if share is None else sharing.RULES[share](space, found)
         first: dict[Any, nn.Parameter] = {}
         for (node, option), forms in found.items():
@@ -157,7 +160,8 @@ class Supernet:
         own = dict(model.named_parameters())
         with torch.no_grad():
             for name, piece in self._slices(structure).items():
-                own[name].copy_(piece)
+                if own[name].data_ptr() != piece.data_ptr():  # but for the frozen numbers that all networks share
+                    own[name].copy_(piece)
         for module in model.modules():
             module.__class__ = getattr(type(module), "alone", type(module))
         model.meta["calls"] = {name: _alone(made) for name, made in model.meta["calls"].items()}
@@ -347,7 +351,8 @@ class Supernet:
     def _module(self, step: Step, shapes: _Shapes) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(node_seed(self.seed, step.name))
-            return _made(step.op, shapes.channels(step.sources[0]))()
+            made = _made(step.op, shapes.channels(step.sources[0]))
+            return Made(getattr(made.make, "light", made.make), made.kwargs)()
 
     def _form(self, step: Step, option: str, shapes: _Shapes) -> Form:
         signature = (step.name, option, step.op.signature, shapes.channels(step.sources[0]))

@@ -105,7 +105,7 @@ def train(
 
     Raises: NotFinite: a loss became NaN or infinite; the message holds the epoch.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(model.parameters())
     optimizer = _optimizer(parameters, settings)
     start = time.perf_counter()
     best = (-1.0, -math.inf)  # accuracy, minus loss
@@ -166,6 +166,7 @@ def _one_epoch(model: nn.Module, batches: Iterable[Batch], optimizer: torch.opti
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if not parameters:
         raise ValueError("the model has no parameter to train")
     lr, decay = settings.lr, settings.weight_decay

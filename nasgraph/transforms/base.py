@@ -18,7 +18,7 @@ from torch import nn
 
 from nasgraph.errors import SpaceError, did_you_mean
 from nasgraph.space import Choice, ConcreteOp, Expr, Op, Switch
-from nasgraph.transforms.layers import KINDS, plain_linears, swapped
+from nasgraph.transforms.layers import KINDS, is_pyg_linear, plain_linears, swapped
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Transform:
     order: ClassVar[int] = 0  # transforms of a smaller number are applied first
     maker: ClassVar[Callable[..., nn.Module]]  # what makes an operation with transforms: transformed()
     structural: ClassVar[bool] = False  # it replaces layers, so that other transforms see other layers
+    freezes: ClassVar[bool] = False  # a model that it is put on is not trained any more, only what it adds
     kinds: ClassVar[tuple[type[nn.Module], ...]] = tuple(KINDS)  # of layers that it can rewrite
 
     def neutral(self) -> bool:
@@ -51,17 +52,26 @@ class Transform:
 
         Raises: SpaceError: it has no such layer; says which layers there are and which can be rewritten.
         """
-        found = [(name, layer) for name, layer in module.named_modules() if matches(self.where, name)]
-        found = [(name, layer) for name, layer in found if self.can_rewrite(layer)]
-        if not found:
-            raise SpaceError(self._nothing(module))
-        for _, layer in found:
+        for layer in self.targets(module):
             module = swapped(module, layer, self.rewrite(layer))
         return module
 
+    def apply_to_model(self, model: nn.Module, name: str) -> nn.Module:
+        """``model`` with the module called ``name`` rewritten, and whatever elsewhere must follow."""
+        return self.apply(model)
+
+    def targets(self, module: nn.Module) -> list[nn.Module]:
+        """The layers of ``module`` that :meth:`apply` rewrites. Raises: SpaceError: there are none."""
+        found = [layer for name, layer in module.named_modules() if matches(self.where, name)]
+        found = [layer for layer in found if self.can_rewrite(layer)]
+        if not found:
+            raise SpaceError(self._nothing(module))
+        return found
+
     def can_rewrite(self, layer: nn.Module) -> bool:
         """Whether ``layer`` itself, not one below it, is of a kind that this transform rewrites."""
-        return type(layer) in self.kinds or any(KINDS.get(kind) is type(layer) for kind in self.kinds)
+        kind = nn.Linear if is_pyg_linear(layer) else type(layer)
+        return kind in self.kinds or any(KINDS.get(known) is kind for known in self.kinds)
 
     def _nothing(self, module: nn.Module) -> str:
         below = [name for name, layer in module.named_modules() if self.can_rewrite(layer)]
@@ -106,21 +116,41 @@ def transformed(op: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
     Raises: SpaceError: a transform finds nothing that it can rewrite.
     """
     module = op
-    active = [transform for transform in transforms if not transform.neutral()]
+    active = in_order(transforms)
     if active:
         module = plain_linears(module)
-    for transform in sorted(active, key=lambda each: each.order):
+    for transform in active:
         module = transform.apply(module)
     return module
 
 
+def rewritten(model: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
+    """``model`` rewritten in place by ``transforms``, whose ``where`` is the full name of a module each."""
+    active_ = in_order(transforms)
+    if active_:
+        model = plain_linears(model)
+    for transform in active_:
+        model = transform.apply_to_model(model, transform.where)
+    return model
+
+
+def in_order(transforms: Sequence[Transform]) -> list[Transform]:
+    """Those that change anything, in the order in which they are applied."""
+    return sorted((each for each in transforms if not each.neutral()), key=lambda each: each.order)
+
+
 def simplified(op: ConcreteOp) -> ConcreteOp:
     """A :func:`transformed` operation without its neutral transforms: the plain operation, if none is left."""
-    kept = [each for each in op.kwargs["transforms"] if not each.make(**each.kwargs).neutral()]
+    kept = active(op.kwargs["transforms"])
     if not kept:
         inner: ConcreteOp = op.kwargs["op"]
         return ConcreteOp(inner.make, inner.kwargs, op.label, inner.is_call, op.takes)
     return ConcreteOp(op.make, {**op.kwargs, "transforms": kept}, op.label, op.is_call, op.takes)
+
+
+def active(transforms: Sequence[ConcreteOp]) -> list[ConcreteOp]:
+    """Those that change anything."""
+    return [each for each in transforms if not each.make(**each.kwargs).neutral()]
 
 
 Transform.maker = staticmethod(transformed)

@@ -120,7 +120,7 @@ def extended(layer: nn.Module) -> Transformed:
         raise TypeError(f"{type(layer).__name__} is not one of {', '.join(k.__name__ for k in KINDS)}")
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
         raise ValueError("an embedding with max_norm writes into its weight: make it without")
-    layer.__class__ = kind  # type: ignore[assignment]
+    layer.__class__ = kind
     for place in PLACES:
         layer.add_module(place, nn.ModuleDict())
     return layer  # type: ignore[return-value]
@@ -129,18 +129,21 @@ def extended(layer: nn.Module) -> Transformed:
 def plain(layer: nn.Module) -> nn.Module:
     """A rewritten layer whose places are empty gets its plain class back, in place."""
     if isinstance(layer, Transformed) and not any(len(getattr(layer, place)) for place in PLACES):
-        layer.__class__ = next(known for known, kind in KINDS.items() if kind is type(layer))
+        layer.__class__ = next(known for known, kind in KINDS.items() if kind is type(layer))  # type: ignore[assignment]
         for place in PLACES:
             delattr(layer, place)
     return layer
 
 
+def is_pyg_linear(layer: nn.Module) -> bool:
+    """Whether ``layer`` is PyG's ``Linear``, which is not an ``nn.Linear``."""
+    dense = sys.modules.get("torch_geometric.nn.dense.linear")
+    return dense is not None and type(layer) is dense.Linear
+
+
 def plain_linears(module: nn.Module) -> nn.Module:
     """PyG's ``Linear`` layers become ``nn.Linear`` with the same parameters; the function stays the same."""
-    dense = sys.modules.get("torch_geometric.nn.dense.linear")
-    if dense is None:
-        return module
-    found: list[Any] = [each for each in module.modules() if type(each) is dense.Linear]
+    found: list[Any] = [each for each in module.modules() if is_pyg_linear(each)]
     for layer in found:
         bias = layer.bias is not None
         linear = nn.Linear(layer.in_channels, layer.out_channels, bias, device="meta")

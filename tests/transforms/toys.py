@@ -65,6 +65,7 @@ class Adapt(Transform):
 
     rank: Any = 0
     order: ClassVar[int] = 3
+    freezes: ClassVar[bool] = True
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     def neutral(self) -> bool:

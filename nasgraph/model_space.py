@@ -1,0 +1,339 @@
+"""A search space over a model that already exists: transforms with choices, put on its modules by name.
+
+``SearchSpace.from_module(model, rules)`` makes a :class:`ModelSpace`: one node, the model, rewritten by one transform
+for each rule and each module that the rule's pattern fits. Everything that takes a space takes it; the modules and
+what flows between them are in ``graph()``. The model itself is never changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nasgraph.build import Made, node_seed
+from nasgraph.errors import SpaceError
+from nasgraph.space import Architecture, Choice, ConcreteOp, Label, Op, SearchSpace, Switch, _Arithmetic, _choices_in
+from nasgraph.supernet.variants import _ways
+from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
+from nasgraph.transforms.flow import flow
+
+if TYPE_CHECKING:
+    import networkx
+
+Inputs = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+NODE = "model"
+
+
+class Base:
+    """The model that a space was put over, and copies of it.
+
+    Its numbers are not copied: they are those of the user's model. Parameters in ``frozen`` are shared by all copies.
+
+    Args:
+        output: attribute, key or index of what the model returns that is the network's output; None: all of it.
+        made: how to make the same model anew, for exported code.
+    """
+
+    def __init__(
+        self, model: nn.Module, frozen: frozenset[str], output: str | int | None, made: Made | None = None
+    ) -> None:
+        self.model, self.frozen, self.output, self.made = model, frozen, output, made
+        self.result: tuple[tuple[int, ...], torch.dtype] | None = None  # of the network, on the example
+        digest = hashlib.sha256()
+        for name, tensor in model.state_dict().items():
+            digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}/{name in frozen}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._name = f"{type(model).__qualname__}#{digest.hexdigest()[:16]}"
+
+    def __repr__(self) -> str:
+        return self._name
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Base:
+        return self
+
+    def copy(self, share: bool = False) -> nn.Module:
+        """The model with parameters of its own, but for those that are frozen. ``share``: with none of its own."""
+        memo: dict[int, Any] = {}
+        for name, parameter in self.model.named_parameters():
+            numbers = parameter.detach()
+            own = not (share or name in self.frozen)
+            memo[id(parameter)] = nn.Parameter(
+                numbers.clone() if own else numbers, requires_grad=parameter.requires_grad and name not in self.frozen
+            )
+        try:
+            return copy.deepcopy(self.model, memo)
+        except Exception as error:
+            raise SpaceError(f"{type(self.model).__name__} cannot be copied: {error}") from error
+
+
+class ModelSpace(SearchSpace):
+    """A space over a model; see :meth:`nasgraph.space.SearchSpace.from_module`."""
+
+    base: Base
+    names: tuple[str, ...]  # of the modules that rules fit
+
+    def model(self, architecture: Mapping[str, Label], seed: int = 0) -> nn.Module:
+        """The rewritten model as its class is, with its own forward: what ``build`` makes, without a wrapper."""
+        op = self.resolve(architecture).steps[0].op
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(node_seed(seed, NODE))
+            return rewritten(self.base.copy(), [each.make(**each.kwargs) for each in op.kwargs["transforms"]])
+
+    def baseline(self) -> Architecture:
+        """The architecture whose every transform is neutral, so that the network is the model bit for bit.
+
+        Raises: SpaceError: a transform has no neutral option; names the choice.
+        """
+        op: Any = self._ops[NODE]
+        picked: dict[str, Label] = {}
+        for each in op.kwargs["transforms"]:
+            for cube, made in _ways(each, {name: frozenset([label]) for name, label in picked.items()}):
+                if made.make(**made.kwargs).neutral():
+                    picked |= {name: next(iter(labels)) for name, labels in cube.items()}
+                    break
+            else:
+                raise SpaceError(f"{each} has no neutral option: the model itself is not in the space")
+        return self.architecture(picked)
+
+    def start(self, seed: int) -> dict[tuple[str, str, str], tuple[Tensor, bool]]:
+        """What a supernet stores: by (node, option, parameter) the numbers at their largest size, and if they train.
+
+        Frozen parameters are those of the model, not copies.
+        """
+        op: Any = self._ops[NODE]
+        prefix = "" if self.base.output is None else "model."
+        found: dict[str, tuple[Tensor, bool]] = {}
+        for name, parameter in self.base.copy().named_parameters():
+            found[prefix + name] = parameter.detach(), parameter.requires_grad
+        for where in dict.fromkeys(each.kwargs["where"] for each in op.kwargs["transforms"]):
+            mine = [each for each in op.kwargs["transforms"] if each.kwargs["where"] == where]
+            for name, tensor in self._added(where, mine, node_seed(seed, f"{NODE}/{where}")).items():
+                found[f"{prefix}{where}.{name}"] = tensor, True
+        return {(NODE, op.label, name): numbers for name, numbers in found.items()}
+
+    def _added(self, where: str, transforms: Sequence[Op], seed: int) -> dict[str, Tensor]:
+        """The parameters that ``transforms`` add to the module ``where``, each at its largest."""
+        module = self.base.copy(share=True).get_submodule(where)
+        own = {name for name, _ in module.named_parameters()}
+        found: dict[str, Tensor] = {}
+        for some in _settings(transforms):
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(seed)
+                made = rewritten(copy.deepcopy(module), [dataclasses.replace(each, where="*") for each in some])
+            for name, parameter in made.named_parameters():
+                if name not in own:
+                    found[name] = _larger(f"{where}.{name}", found.get(name), parameter.detach())
+        return found
+
+    def graph(self) -> networkx.MultiDiGraph:
+        """The modules that rules fit, and the data flow between them.
+
+        Node attributes: ``kind`` (op), ``op`` (the class), ``choices`` (names). ``graph.graph["edges"]`` says how the
+        edges were found: ``fx``, ``export``, or ``order`` (of the modules, where neither can trace the model).
+        """
+        import networkx
+
+        inputs = tuple(declared.example for declared in self.inputs.values()) if self.base.result else None
+        edges, how = flow(self.base.copy(share=True).eval(), self.names, inputs)
+        graph = networkx.MultiDiGraph(name=self.name, edges=how)
+        op: Any = self._ops[NODE]
+        for name in self.names:
+            mine = [each for each in op.kwargs["transforms"] if each.kwargs["where"] == name]
+            choices = sorted({choice.name for each in mine for choice in _choices_in(each)})
+            graph.add_node(name, kind="op", op=type(self.base.model.get_submodule(name)).__name__, choices=choices)
+        for first, second in edges:
+            graph.add_edge(first, second, position=0, choice=None)
+        return graph
+
+
+def from_module(
+    model: nn.Module,
+    rules: Sequence[Transform],
+    *,
+    inputs: Inputs | None = None,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    output: str | int | None = None,
+    train: Sequence[str] = (),
+    make: Op | None = None,
+    name: str | None = None,
+) -> ModelSpace:
+    """See :meth:`nasgraph.space.SearchSpace.from_module`."""
+    if not rules:
+        raise SpaceError("no rule: give at least one transform, such as Lora('*.query', rank=Choice(...))")
+    pairs = [(rule, where) for rule in rules for where in matching(model, rule.where)]
+    _check(model, pairs)
+    frozen: frozenset[str] = frozenset()
+    if any(rule.freezes for rule in rules):
+        trained = [where for pattern in train for where in matching(model, pattern)]
+        frozen = frozenset(
+            parameter
+            for parameter, _ in model.named_parameters()
+            if not any(parameter.startswith(f"{where}.") for where in trained)
+        )
+    elif train:
+        raise SpaceError("train names what is not frozen, and no rule freezes the model: leave it out")
+    made = None if make is None else Made(make.make, make.kwargs)
+    space = ModelSpace(name or type(model).__name__)
+    space.base = Base(model, frozen, output, made)
+    space.names = tuple(dict.fromkeys(where for _, where in pairs))
+    sources = [
+        space.input(given, example, (dynamic or {}).get(given)) for given, example in _inputs(model, inputs).items()
+    ]
+    known: dict[tuple[int, str], Choice] = {}
+    transforms = [Op(type(rule), **{**_named(rule.op().kwargs, where, known), "where": where}) for rule, where in pairs]
+    op = Op(network, label=type(model).__name__, takes=len(sources), model=space.base, transforms=transforms)
+    space.output(space.add(NODE, op, *sources))
+    if inputs is not None:
+        space.base.result = _result(space)
+    return space
+
+
+def network(model: Base | nn.Module, transforms: Sequence[Transform]) -> nn.Module:
+    """The network of a :class:`ModelSpace`: ``model`` rewritten by ``transforms``, giving its output as one tensor."""
+    return _network(model, transforms, share=False)
+
+
+def _network(model: Base | nn.Module, transforms: Sequence[Transform], share: bool) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return rewritten(model, transforms)
+    made = rewritten(model.copy(share), transforms)
+    return made if model.output is None else Picked(made, model.output)
+
+
+def _light(model: Base, transforms: Sequence[Transform]) -> nn.Module:
+    """:func:`network` with the numbers of the model itself: for a supernet, which has numbers of its own."""
+    return _network(model, transforms, share=True)
+
+
+def _simplified(op: ConcreteOp) -> ConcreteOp:
+    return dataclasses.replace(op, kwargs={**op.kwargs, "transforms": active(op.kwargs["transforms"])})
+
+
+def _shape(op: ConcreteOp) -> tuple[tuple[int, ...], torch.dtype] | None:
+    base: Base = op.kwargs["model"]
+    return base.result or ((0,), torch.float32)
+
+
+network.light = _light  # type: ignore[attr-defined]  # supernet.store looks for it
+network.simplified = _simplified  # type: ignore[attr-defined]  # canonical.simplify
+network.shape = _shape  # type: ignore[attr-defined]  # build: transforms change no shape, so nothing is run
+
+
+class Picked(nn.Module):
+    """One of the things that ``model`` returns: an attribute, a key or a position."""
+
+    def __init__(self, model: nn.Module, output: str | int) -> None:
+        super().__init__()
+        self.model, self.output = model, output
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What is picked."""
+        found = self.model(*inputs)
+        if isinstance(self.output, str) and hasattr(found, self.output):
+            picked: Tensor = getattr(found, self.output)
+        else:
+            picked = found[self.output]
+        return picked
+
+
+# ---- declaring --------------------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, pairs: Sequence[tuple[Transform, str]]) -> None:
+    """Each rule can rewrite what it fits, and no module is rewritten twice by one kind of transform."""
+    for rule, where in pairs:
+        dataclasses.replace(rule, where="*").targets(model.get_submodule(where))
+    for i, (rule, where) in enumerate(pairs):
+        for other, there in pairs[:i]:
+            outer, inner = sorted((where, there), key=len)
+            if type(rule) is type(other) and f"{inner}.".startswith(f"{outer}."):
+                raise SpaceError(
+                    f"two rules of {type(rule).__name__} fit '{inner}' ('{other.where}' and '{rule.where}'): narrow one"
+                )
+
+
+def _named(thing: Any, where: str, known: dict[tuple[int, str], Choice]) -> Any:
+    """``thing`` with ``{name}`` in the names of its choices replaced by ``where``."""
+    if isinstance(thing, Choice):
+        name = thing.name.replace("{name}", where)
+        if name == thing.name:
+            return thing
+        key = (id(thing), where)
+        if key not in known:
+            options: dict[Any, Any] = {label: _named(option, where, known) for label, option in thing.declared}
+            known[key] = Choice(name, options, ordered=thing.ordered)
+        return known[key]
+    if isinstance(thing, Switch):
+        cases = {label: _named(case, where, known) for label, case in thing.declared}
+        return Switch(_named(thing.choice, where, known), cases)
+    if isinstance(thing, _Arithmetic):
+        return _Arithmetic(thing.function, _named(thing.left, where, known), _named(thing.right, where, known))
+    if isinstance(thing, dict):
+        return {key: _named(item, where, known) for key, item in thing.items()}
+    if isinstance(thing, list | tuple):
+        return type(thing)(_named(item, where, known) for item in thing)
+    return thing
+
+
+def _inputs(model: nn.Module, inputs: Inputs | None) -> dict[str, Tensor]:
+    """By the names of ``forward``'s arguments."""
+    parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]
+    if inputs is None:
+        return {"x": torch.zeros(0)}
+    if isinstance(inputs, Mapping):
+        if list(inputs) != names[: len(inputs)]:
+            raise SpaceError(
+                f"the inputs {', '.join(inputs)} are not the first arguments of {type(model).__name__}.forward "
+                f"({', '.join(names[: len(inputs) + 2])}): wrap the model in one whose forward takes them in order"
+            )
+        return dict(inputs)
+    tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    return dict(zip([*names, *(f"x{i}" for i in range(len(tensors)))], tensors, strict=False))
+
+
+def _result(space: ModelSpace) -> tuple[tuple[int, ...], torch.dtype]:
+    base = space.base
+    model = base.copy(share=True).eval()
+    network_ = model if base.output is None else Picked(model, base.output)
+    examples = [declared.example for declared in space.inputs.values()]
+    try:
+        with torch.no_grad():
+            result = network_(*examples)
+    except Exception as error:
+        raise SpaceError(f"{type(model).__name__} cannot read the inputs: {error}") from error
+    if not isinstance(result, Tensor):
+        raise SpaceError(
+            f"{type(model).__name__} returns a {type(result).__name__}, not one tensor: say which with output='logits'"
+        )
+    return tuple(result.shape), result.dtype
+
+
+# ---- supernets --------------------------------------------------------------------------------------------------
+
+
+def _settings(transforms: Sequence[Op]) -> Iterator[list[Transform]]:
+    """Settings that together add every parameter: one transform at a time, beside each setting of structural ones."""
+    structural = [each for each in transforms if getattr(each.make, "structural", False)]
+    others = [each for each in transforms if each not in structural]
+    for cube, first in _ways(structural, {}):
+        for other in [None, *others]:
+            for _, second in _ways([] if other is None else [other], cube):
+                made = [each.make(**each.kwargs) for each in (*first, *second)]
+                if in_order(made) and not any(getattr(each, "sizes_only", False) for each in made):
+                    yield made
+
+
+def _larger(name: str, one: Tensor | None, other: Tensor) -> Tensor:
+    if one is None or all(a <= b for a, b in zip(one.shape, other.shape, strict=True)):
+        return other
+    if all(a >= b for a, b in zip(one.shape, other.shape, strict=True)):
+        return one
+    raise SpaceError(f"parameter '{name}' is {tuple(one.shape)} and {tuple(other.shape)}, which do not nest")
