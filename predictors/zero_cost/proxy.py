@@ -115,6 +115,22 @@ def positive(name: str, value: float) -> float:
     return value
 
 
+def without_new_adapters(name: str, model: nn.Module) -> None:
+    """For proxies that multiply weights by gradients: refuse adapters that are as they start.
+
+    With B = 0 the gradient of A is 0, and that of B is multiplied by 0, so no adapter of whatever rank would count.
+    An adapter is a module that has a method ``adds_nothing``.
+
+    Raises: ValueError: names the first.
+    """
+    for where, module in model.named_modules():
+        if hasattr(module, "adds_nothing") and module.adds_nothing():
+            raise ValueError(
+                f"{name} cannot judge the adapter '{where}': what it ends with (LoRA's B) is 0, so each of its weights "
+                "times its gradient is 0 at any rank. Take grad_norm or gradsign, or train it first"
+            )
+
+
 def cast_to(dtype: torch.dtype, model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
     """The model (changed in place: pass a copy) and the batch with every float as ``dtype``."""
     inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in batch.inputs)

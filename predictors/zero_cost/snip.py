@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nasgraph.predictors.zero_cost.proxy import gradients, positive, proxy, trainable
+from nasgraph.predictors.zero_cost.proxy import gradients, positive, proxy, trainable, without_new_adapters
 from nasgraph.tasks.batch import Batch
 
 
@@ -16,8 +16,9 @@ def snip(model: nn.Module, batch: Batch) -> float:
     ``sum_k | theta_k * dL / dtheta_k |`` over all trainable parameters, L the mean cross-entropy of the batch.
 
     Returns: a positive number. Higher is better.
-    Raises: NotFinite: NaN or infinite, or zero for every parameter (as LoRA adapters with B = 0 are).
+    Raises: NotFinite: NaN or infinite, or zero for every parameter. ValueError: an adapter with B = 0, as it starts.
     """
+    without_new_adapters("snip", model)
     grads = gradients(batch.loss(model), model)
     total = sum((p.detach() * g).abs().sum(dtype=torch.float64) for p, g in zip(trainable(model), grads, strict=True))
     return positive("snip", float(total))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import NotFinite
-from nasgraph.predictors.zero_cost.proxy import cast_to, gradients, proxy, trainable
+from nasgraph.predictors.zero_cost.proxy import cast_to, gradients, proxy, trainable, without_new_adapters
 from nasgraph.tasks.batch import Batch
 
 
@@ -22,7 +22,9 @@ def synflow(model: nn.Module, batch: Batch) -> float:
 
     Returns: natural logarithm, so it may be negative. Higher is better. Sum aggregation makes it grow with degree.
     Raises: NotFinite: NaN in the weights, nothing flows (log 0), or the product over layers left float64's range.
+    ValueError: an adapter with B = 0, as it starts.
     """
+    without_new_adapters("synflow", model)
     model, batch = cast_to(torch.float64, model, batch)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -13,8 +13,10 @@ from torch_geometric.nn import GCNConv
 
 from nasgraph.build import build
 from nasgraph.errors import SpaceError
+from nasgraph.predictors.zero_cost import grad_norm, snip, synflow
 from nasgraph.space import Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
+from nasgraph.tasks.batch import Batch
 from nasgraph.transforms.adapters import Adapter, frozen
 from nasgraph.transforms.base import transformed
 from nasgraph.transforms.lora import Lora, adapter_params, adapters, merge
@@ -211,6 +213,19 @@ def test_a_float64_layer_has_a_float64_adapter() -> None:
     changed = stirred(rewritten(nn.Linear(4, 4).double(), rank=2, kind="vera"))
     changed.beside["lora"].double()
     assert changed(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saliency_proxies_refuse_adapters_as_they_start(kind: dict[str, object]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    transformed(model, [Lora("0", rank=2, **kind)])  # type: ignore[arg-type]
+    batch = Batch((torch.randn(6, 8),), torch.arange(6) % 3)
+    for proxy in (snip, synflow):
+        with pytest.raises(ValueError, match=r"cannot judge the adapter '0.beside.lora': .* is 0 at any rank"):
+            proxy(model, batch)
+    assert grad_norm(model, batch) > 0
+    stirred(model)
+    assert snip(model, batch) > 0 and math.isfinite(synflow(model, batch))
 
 
 # ---- in a space and a supernet --------------------------------------------------------------------------------------
