@@ -150,7 +150,7 @@ class LearnedStep(WeightQuantizer):
 
     def levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`WeightQuantizer`."""
-        step = self.get_parameter(self.name)
+        step: Tensor = getattr(self, self.name)  # a supernet puts a tensor in the parameter's place
         factor = 1 / math.sqrt(weight.numel() / step.numel() * self.high)
         scale = scaled_gradient(step, factor).abs().clamp_min(SMALLEST)
         return round_through((weight / self.spread(scale, weight)).clamp(self.low, self.high)), scale
@@ -219,7 +219,7 @@ class ActivationQuantizer(nn.Module):
         high = torch.where(signed, half - 1, 2 * half - 1).to(x.dtype)
         if self.name:
             features = x.numel() / x.shape[0] if x.dim() else 1
-            step = scaled_gradient(self.get_parameter(self.name), (features * high) ** -0.5)
+            step = scaled_gradient(getattr(self, self.name), (features * high) ** -0.5)
             return low, high, step.abs().clamp_min(SMALLEST)
         return low, high, torch.maximum(highest / high, lowest / -half).clamp_min(SMALLEST)
 
