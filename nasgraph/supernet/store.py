@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nasgraph.tasks.batch import Batch
 
 STRUCTURES = 1024  # kept built
+MODELS = 64  # the same for a space over a model, where each is a whole model without numbers
 SAMPLES = 2048  # for BatchNorm: 64 batches of 32
 
 _called, _numbered = called, numbered  # the names that other modules import
@@ -72,6 +73,7 @@ class Supernet:
         self.store: dict[Key, nn.Parameter] = {}
         known = getattr(space, "start", None)  # a space over a model knows what to store
         found = {} if known else variants(space)
+        self._limit = MODELS if known else STRUCTURES
         for own, (numbers, trains) in known(seed).items() if known else ():
             self.store[own] = nn.Parameter(numbers, requires_grad=trains)
         same = None if share is None else sharing.RULES[share](space, found)
@@ -222,7 +224,7 @@ class Supernet:
         if found is None:
             with torch.no_grad():
                 found = structure.measured(self._calibration(samples), self._slices(structure))
-            _keep(self._statistics, (structure, samples), found)
+            self._keep(self._statistics, (structure, samples), found)
         return found
 
     def _calibration(self, samples: int) -> list[tuple[Tensor, ...]]:
@@ -332,9 +334,14 @@ class Supernet:
             structure = self._structures.get(signature)
             if structure is None:
                 structure = self._build(graph, picked)
-                _keep(self._structures, signature, structure)
-            _keep(self._of, architecture, structure)
+                self._keep(self._structures, signature, structure)
+            self._keep(self._of, architecture, structure)
         return structure
+
+    def _keep(self, cache: OrderedDict[Any, Any], key: Any, thing: Any) -> None:
+        cache[key] = thing
+        if len(cache) > self._limit:
+            cache.popitem(last=False)
 
     def _option(self, node: str, architecture: Architecture) -> str:
         return self._options[node][id(chosen(self.space, node, architecture))]
@@ -361,7 +368,7 @@ class Supernet:
             module = self._module(step, shapes).to(self.device)
             pieces = [self._piece(step.name, option, name, module) for name, _ in module.named_parameters()]
             found = form(module, step.name, pieces)
-            _keep(self._forms, signature, found)
+            self._keep(self._forms, signature, found)
         return found
 
     def _piece(self, node: str, option: str, name: str, module: nn.Module) -> Piece:
@@ -454,12 +461,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
     if n == 0:
         raise ValueError("no batch to compute statistics from")
     return model
-
-
-def _keep(cache: OrderedDict[Any, Any], key: Any, thing: Any) -> None:
-    cache[key] = thing
-    if len(cache) > STRUCTURES:
-        cache.popitem(last=False)
 
 
 def _alone(made: Made) -> Made:
