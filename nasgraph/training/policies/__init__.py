@@ -18,6 +18,7 @@ from nasgraph.training.policies.bins import Bins
 from nasgraph.training.policies.fair import Fair
 from nasgraph.training.policies.importance import Importance
 from nasgraph.training.policies.nested import Nested
+from nasgraph.training.policies.ordered_dropout import OrderedDropout
 from nasgraph.training.policies.progressive import Progressive
 from nasgraph.training.policies.sandwich import Sandwich
 from nasgraph.training.policies.sizes import by_size, extremes
@@ -29,6 +30,7 @@ __all__ = [
     "Importance",
     "Key",
     "Nested",
+    "OrderedDropout",
     "Path",
     "Policy",
     "Progressive",
