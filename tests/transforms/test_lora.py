@@ -27,7 +27,7 @@ def stirred(module: nn.Module, seed: int = 0) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     for adapter in adapters(module).values():
         for parameter in adapter.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
     return module
 
 
