@@ -171,8 +171,16 @@ def _parts(op: Op) -> list[Op]:
     if not transforms:
         return [op]
     always = [each for each in transforms if getattr(each.make, "structural", False)]
-    lists = [[*always, each] for each in transforms if each not in always] or [always]
+    lists = [[*always, part] for each in transforms if each not in always for part in _apart(each)] or [always]
     return [Op(op.make, label=op.label, takes=op.takes, **{**op.kwargs, "transforms": some}) for some in lists]
+
+
+def _apart(op: Op) -> list[Op]:
+    """A transform that rewrites several things which do not concern each other (its ``apart``), one at a time."""
+    groups = getattr(op.make, "apart", ())
+    shared = {name: value for name, value in op.kwargs.items() if not any(name in group for group in groups)}
+    parts = [{name: op.kwargs[name] for name in group if name in op.kwargs} for group in groups]
+    return [Op(op.make, label=op.label, **shared, **part) for part in parts] or [op]
 
 
 def _joined(cube: Cube, tables: list[list[tuple[Cube, Tensors]]]) -> Iterator[tuple[Cube, tuple[Tensors, ...]]]:

@@ -294,6 +294,11 @@ class Quantize(Transform):
     nested_bits: Any = 8
 
     order: ClassVar[int] = 2
+    apart: ClassVar[tuple[tuple[str, ...], ...]] = (  # settings of three things that do not concern each other
+        ("weight_bits", "method", "per", "group_size", "nested_bits"),
+        ("activation_bits", "activations"),
+        ("aggregation_bits", "activations"),
+    )
 
     def __post_init__(self) -> None:
         one_of(self, "weight_bits", (*FLOAT, 16, *range(1, 9)), "give 1 (binary), 2 (ternary), 3 to 8, 16 or None")
