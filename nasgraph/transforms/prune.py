@@ -20,10 +20,11 @@ from nasgraph.errors import SpaceError
 from nasgraph.space import Expr
 from nasgraph.transforms.base import Transform
 from nasgraph.transforms.layers import Transformed, extended, rewritten_layers
+from nasgraph.transforms.structured import group_of, heads_of, prune_to, remove_layers
 
 MASKS = ("unstructured", "rows")  # and n:m
 SMALLER = ("channels", "heads", "layers")
-SCORES = ("magnitude", "random", "learned", "signed")
+SCORES = ("magnitude", "random", "learned", "signed", "first")
 THRESHOLD = 0.4  # of |tanh(score)|, Koster et al., ICLR 2022
 
 
@@ -43,7 +44,8 @@ class Prune(Transform):
             once from ``seed``, the baseline of equal sparsity. ``"learned"``: the largest of scores that are trained
             through the mask (edge-popup, Ramanujan et al., CVPR 2020). ``"signed"``: scores give the sign too, over
             weights of constant magnitude: ``sign(s) 1[|tanh s| > 0.4]`` (Koster et al., ICLR 2022), with the largest
-            ``|s|`` instead of the threshold if ``keep`` is given.
+            ``|s|`` instead of the threshold if ``keep`` is given. Whole channels, heads and layers are compared by
+            the L2 norm of all their weights, drawn by ``"random"``, or the ``"first"`` are kept.
         weights: ``"trained"``, or ``"fixed"``: they stay as they started and only the scores learn (a supermask).
         seed: of ``"random"``; layers at another ``where`` or of another shape are drawn apart.
         follow: for ``"channels"`` of a model that cannot be traced: name of the layer that reads this one's output.
@@ -75,10 +77,10 @@ class Prune(Transform):
                 raise SpaceError(f"Prune: signed scores have no {self.structure}: use unstructured or rows")
         elif self.scores != "signed":
             self.check("keep", lambda keep: keep is not None, "give a ratio")
-        if self.structure in SMALLER and self.scores not in ("magnitude", "random"):
-            raise SpaceError(
-                f"Prune: {self.structure} are chosen by magnitude or at random, not by {self.scores} scores"
-            )
+        if self.structure in SMALLER and self.scores in ("learned", "signed"):
+            raise SpaceError(f"Prune: {self.structure} are chosen by magnitude, random or first, not {self.scores}")
+        if self.structure not in SMALLER and self.scores == "first":
+            raise SpaceError(f"Prune: the first are kept of {', '.join(SMALLER)}, not by a mask ({self.structure})")
         if self.weights == "fixed" and self.scores in ("magnitude", "random"):
             raise SpaceError(
                 f"Prune: nothing learns with fixed weights and {self.scores} scores: use learned or signed"
@@ -93,6 +95,26 @@ class Prune(Transform):
         if self.structure in SMALLER:
             raise SpaceError(_declared(self.structure))
         return super().apply(module)
+
+    @property
+    def sizes_only(self) -> bool:
+        """It makes parameters smaller and adds none."""
+        return self.structure in SMALLER
+
+    def apply_to_model(self, model: nn.Module, name: str) -> nn.Module:
+        """See the base; channels, heads and layers are removed from the model, and what depends on them follows."""
+        if self.structure not in SMALLER:
+            return super().apply_to_model(model, name)
+        if self.structure == "layers":
+            remove_layers(model, name, self.keep, self.scores, self.seed)
+            return model
+        group = heads_of(model, name) if self.structure == "heads" else group_of(model, name, self.follow)
+        prune_to(model, group, name, self.keep, self.scores, self.seed)
+        return model
+
+    def targets(self, module: nn.Module) -> list[nn.Module]:
+        """See the base; heads and layers are of other modules than single layers."""
+        return [module] if self.structure in ("heads", "layers") else super().targets(module)
 
     def rewrite(self, layer: nn.Module) -> nn.Module:
         """See the base. Raises: SpaceError: the layer is pruned already, or n:m does not divide its inputs."""

@@ -226,7 +226,11 @@ def test_a_pruned_layer_can_be_exported() -> None:
         ({"keep": 0.5, "scores": "best"}, "scores is 'best': give one of magnitude"),
         ({"keep": 0.5, "weights": "frozen"}, "give trained or fixed"),
         ({"keep": 0.5, "weights": "fixed"}, "nothing learns with fixed weights and magnitude scores"),
-        ({"keep": 0.5, "structure": "channels", "scores": "learned"}, "channels are chosen by magnitude or at random"),
+        (
+            {"keep": 0.5, "structure": "channels", "scores": "learned"},
+            "channels are chosen by magnitude, random or first",
+        ),
+        ({"keep": 0.5, "scores": "first"}, r"not by a mask \(unstructured\)"),
         ({"structure": "2:4", "scores": "signed"}, "signed scores have no 2:4"),
     ],
 )

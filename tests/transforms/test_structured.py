@@ -1,0 +1,361 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nasgraph.errors import SpaceError
+from nasgraph.search_spaces.transformer import SelfAttention
+from nasgraph.transforms.prune import Prune
+from nasgraph.transforms.shrink import Group
+from nasgraph.transforms.structured import group_of, groups, heads_of
+
+
+def numbers(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Residual(nn.Module):
+    """Two blocks with BatchNorm, a sum, a depthwise convolution and a gate; a linear head on flattened pixels."""
+
+    def __init__(self, pooled: bool = False) -> None:
+        super().__init__()
+        self.pooled = pooled
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.one = nn.Conv2d(8, 6, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.two = nn.Conv2d(6, 8, 1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.gate = nn.Conv2d(8, 8, 1)
+        self.head = nn.Linear(8 if pooled else 8 * 4 * 4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x)
+        h = h + self.two(F.relu(self.norm(self.one(h))))
+        h = self.depthwise(h)
+        h = h * torch.sigmoid(self.gate(h))
+        if self.pooled:
+            out: Tensor = self.head(h.mean(dim=(2, 3)))
+        else:
+            out = self.head(F.max_pool2d(h, 2).flatten(1))
+        return out
+
+
+class FeedForward(nn.Module):
+    """As in BERT: the names, a residual and a norm after it."""
+
+    def __init__(self, refuses: bool = False) -> None:
+        super().__init__()
+        self.refuses = refuses
+        self.attention = nn.ModuleDict({"output": nn.ModuleDict({"dense": nn.Linear(6, 6)})})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(6, 10)})
+        self.output = nn.ModuleDict({"dense": nn.Linear(10, 6), "norm": nn.LayerNorm(6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.refuses and x.sum() > 1e9:  # what torch.fx cannot trace
+            return x
+        h = F.gelu(self.intermediate["dense"](x))
+        out: Tensor = self.output["norm"](x + self.output["dense"](h))
+        return out
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """BatchNorm with statistics and factors of its own, all of it in evaluation mode."""
+    rng = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                assert tensor is not None
+                tensor.data = torch.rand(tensor.shape, generator=rng) + 0.5
+    return model.eval()
+
+
+def masked(model: nn.Module, group: Group, channels: Sequence[int], x: Tensor) -> Tensor:
+    """What the full model gives if its readers see zeros for what is not in ``channels``."""
+    model = copy.deepcopy(model)
+    for cut in group.cuts:
+        if cut.end == "in":
+            layer = model.get_submodule(cut.module)
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            keep = torch.zeros(weight.shape[1])
+            keep[cut.entries(torch.tensor(channels), group.size)] = 1
+            weight.data *= keep.view(1, -1, *[1] * (weight.dim() - 2))
+    out: Tensor = model(x)
+    return out
+
+
+MODELS: dict[str, tuple[nn.Module, Tensor, dict[str, set[str]]]] = {
+    "mlp": (
+        nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)),
+        numbers(7, 4),
+        {"0": {"0", "1", "3"}, "3": {"3", "5"}},
+    ),
+    "flattened": (
+        Residual(),
+        numbers(2, 3, 8, 8),
+        {"one": {"one", "norm", "two"}, "stem.0": {"stem.0", "stem.1", "one", "two", "depthwise", "gate", "head"}},
+    ),
+    "pooled": (Residual(True), numbers(2, 3, 8, 8), {"one": {"one", "norm", "two"}}),
+    "feed forward": (FeedForward(), numbers(2, 3, 6), {"intermediate.dense": {"intermediate.dense", "output.dense"}}),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("given", [False, True])
+def test_the_smaller_model_is_the_masked_one(name: str, given: bool) -> None:
+    torch.manual_seed(0)
+    model, x, expected = MODELS[name]
+    model = trained(copy.deepcopy(model))
+    found = groups(model, (x,) if given else None)
+    for layer, members in expected.items():
+        assert {cut.module for cut in found[layer].cuts} == members
+    for layer, group in found.items():
+        assert group.exact
+        channels = group.best(group.importance(model), group.size // 2).tolist()
+        small = copy.deepcopy(model)
+        group.keep(small, channels)
+        torch.testing.assert_close(small(x), masked(model, group, channels, x), rtol=0, atol=1e-6)
+        assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+        assert all(p.requires_grad for p in small.parameters()), layer
+        same = copy.deepcopy(model)
+        group.keep(same, range(group.size))
+        assert torch.equal(same(x), model(x))
+
+
+def test_two_groups_that_share_a_layer_and_what_it_has_kept() -> None:
+    model = trained(Residual())
+    full = copy.deepcopy(model)
+    for name, count in (("one", 3), ("stem.0", 5), ("one", 2)):  # the first again, of what was left
+        group = groups(model)[name]
+        group.keep(model, group.best(group.importance(model), count))
+    assert model.two.weight.shape == (5, 2, 1, 1) and model.depthwise.groups == 5 and model.head.in_features == 5 * 16
+    assert model.norm.num_features == 2 and model.norm.running_var.shape == (2,)
+    assert model(numbers(2, 3, 8, 8)).shape == (2, 5)
+    for name, parameter in model.named_parameters():
+        layer, _, own = name.rpartition(".")
+        kept = getattr(model.get_submodule(layer), "kept_entries", {}).get(own, ())
+        stored = full.get_parameter(name)
+        for axis, entries in enumerate(kept):
+            stored = stored if entries is None else stored.index_select(axis, entries)
+        assert torch.equal(stored, parameter), name
+    copied = copy.deepcopy(model)
+    assert set(copied.two.kept_entries) == {"weight", "bias"}
+
+
+def test_importance_by_hand() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    model[0].weight.data = torch.tensor([[3.0, 0], [1, 1], [0, 0]])
+    model[2].weight.data = torch.tensor([[4.0, 1, 2]])
+    group = groups(model)["0"]
+    assert group.importance(model).tolist() == [5.0, 3**0.5, 2.0]
+    assert group.best(group.importance(model), 2).tolist() == [0, 2]
+    assert group.importance(model, "first").tolist() == [3, 2, 1]
+    assert torch.equal(group.importance(model, "random", 3), group.importance(model, "random", 3))
+    with pytest.raises(ValueError, match="no gradient"):
+        group.importance(model, "taylor")
+    x = numbers(4, 2)
+    model(x).sum().backward()
+    scores = group.importance(model, "taylor")
+    for i in range(3):
+        first = (model[0].weight * model[0].weight.grad)[i].sum() + (model[2].weight * model[2].weight.grad)[:, i].sum()
+        assert scores[i].item() == pytest.approx(abs(first.item()), rel=1e-5)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_following_by_name_where_nothing_can_be_traced(refuses: bool) -> None:
+    model = trained(FeedForward(refuses))
+    if refuses:
+        with pytest.raises(SpaceError, match=r"what reads 'intermediate.dense' is not known.*name it by `follow`"):
+            group_of(model, "intermediate.dense")
+    group = group_of(model, "intermediate.dense", follow="output.dense")
+    assert [cut.module for cut in group.cuts] == ["intermediate.dense", "output.dense"]
+    x = numbers(2, 3, 6)
+    small = copy.deepcopy(model)
+    group.keep(small, [1, 4, 9])
+    torch.testing.assert_close(small(x), masked(model, group, [1, 4, 9], x), rtol=0, atol=1e-6)
+    with pytest.raises(SpaceError, match="'output.dense' does not read the channels of 'attention.output.dense'"):
+        group_of(model, "attention.output.dense", follow="output.dense")
+    with pytest.raises(SpaceError, match="no linear layer called 'out'"):
+        group_of(model, "intermediate.dense", follow="out")
+
+
+class Loop(nn.Module):
+    """A model that cannot be traced around blocks that can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+            if x.sum() > 1e9:
+                break
+        return x
+
+
+def test_blocks_of_a_model_that_cannot_be_traced_as_a_whole() -> None:
+    model = Loop()
+    group = group_of(model, "blocks.2.0")
+    assert [cut.module for cut in group.cuts] == ["blocks.2.0", "blocks.2.2"]
+    with pytest.raises(SpaceError, match="what reads 'blocks.2.2' is not known"):
+        group_of(model, "blocks.2.2")
+
+
+def test_layers_are_left_out_under_their_names() -> None:
+    model = Loop()
+    model.blocks[1][0].weight.data *= 0.01
+    model.blocks[1][2].weight.data *= 0.01
+    small = Prune("blocks", keep=0.75, structure="layers").apply_to_model(copy.deepcopy(model), "blocks")
+    assert [name for name, _ in small.get_submodule("blocks").named_children()] == ["0", "2", "3"]
+    x = numbers(3, 4)
+    h = x
+    for i in (0, 2, 3):
+        h = h + model.blocks[i](h)
+    assert torch.equal(small(x), h)
+    first = Prune("blocks", keep=0.5, structure="layers", scores="first").apply_to_model(copy.deepcopy(model), "blocks")
+    assert [name for name, _ in first.get_submodule("blocks").named_children()] == ["0", "1"]
+
+
+def bert() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=24,
+        vocab_size=30,
+        max_position_embeddings=16,
+    )
+    torch.manual_seed(0)
+    model: nn.Module = transformers.BertForSequenceClassification(config).eval()
+    return model
+
+
+@pytest.mark.parametrize("where", ["bert.encoder.layer.1.attention", "bert.encoder.layer.1.attention.self"])
+def test_heads_and_feed_forward_units_of_bert(where: str) -> None:
+    model, tokens = bert(), torch.arange(12).view(2, 6)
+    heads = heads_of(model, where)
+    units = group_of(model, "bert.encoder.layer.0.intermediate.dense", follow="output.dense")
+    assert (heads.size, units.size) == (4, 24)
+    full, small = copy.deepcopy(model), copy.deepcopy(model)
+    for group, channels in ((heads, [1, 3]), (units, [0, 5, 6, 23])):
+        group.keep(small, channels)
+        for cut in group.cuts:
+            if cut.end == "in":
+                zero = torch.ones(full.get_submodule(cut.module).weight.shape[1])  # type: ignore[union-attr, arg-type]
+                zero[cut.entries(torch.tensor(channels), group.size)] = 0
+                full.get_submodule(cut.module).weight.data[:, zero.bool()] = 0  # type: ignore[union-attr, index]
+    with torch.no_grad():
+        torch.testing.assert_close(small(tokens).logits, full(tokens).logits, rtol=0, atol=1e-6)
+    attention: Any = small.get_submodule("bert.encoder.layer.1.attention.self")
+    assert attention.num_attention_heads == 2 and attention.query.weight.shape == (8, 16)
+    with pytest.raises(SpaceError, match="name it by `follow`"):
+        group_of(model, "bert.encoder.layer.0.intermediate.dense")
+    pruned = Prune("x", keep=0.5, structure="heads").apply_to_model(copy.deepcopy(model), where)
+    assert pruned(tokens).logits.shape == (2, 2)
+
+
+def test_heads_of_the_transformers_here() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(SelfAttention(8, 4, 3, causal=True))
+    x = numbers(2, 5, 8)
+    full = copy.deepcopy(model)
+    heads_of(model, "0").keep(model, [0, 3])
+    keep = torch.zeros(4, 3)
+    keep[[0, 3]] = 1
+    full[0].leave.weight.data *= keep.view(1, -1)
+    torch.testing.assert_close(model(x), full(x), rtol=0, atol=1e-6)
+    with pytest.raises(SpaceError, match="no heads that can be removed"):
+        heads_of(nn.Sequential(nn.MultiheadAttention(8, 2)), "0")
+
+
+class Odd(nn.Module):
+    """One reason each for channels that cannot be removed."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv, self.next = how, nn.Conv2d(3, 4, 1), nn.Conv2d(8 if how == "cat" else 4, 2, 1)
+        self.extra = nn.Parameter(torch.ones(4, 1, 1))
+        self.groups = nn.Conv2d(4, 4, 1, groups=2)
+        self.group_norm, self.linear = nn.GroupNorm(2, 4), nn.Linear(8, 8)
+        self.other = nn.Conv2d(3, 4, 1)
+        self.other.weight = self.conv.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        if self.how == "cat":
+            h = torch.cat([h, h], 1)
+        elif self.how == "parameter":
+            h = h + self.extra
+        elif self.how == "groups":
+            h = self.groups(h)
+        elif self.how == "softmax":
+            h = h.softmax(1)
+        elif self.how == "norm":
+            h = self.group_norm(h)
+        elif self.how == "axis":
+            h = self.linear(h)
+        elif self.how == "transposed":
+            h = h.mT
+        elif self.how == "input":
+            h = h + x[:, :1]
+        elif self.how == "shared":
+            h = h + self.other(x)
+        out: Tensor = self.next(h)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("cat", "cat reads it"),
+        ("parameter", "joins it with what cannot be cut"),
+        ("groups", "'groups' is a convolution in groups"),
+        ("softmax", "softmax reads it"),
+        ("norm", r"'group_norm' \(GroupNorm\) reads it"),
+        ("axis", "'linear' reads along another axis"),
+        ("transposed", "getattr reads it"),
+        ("input", "joins it with what cannot be cut"),
+        ("shared", "shares the weight of"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_with_the_reason(how: str, reason: str) -> None:
+    model = Odd(how)
+    with pytest.raises(SpaceError, match=f"channels of 'conv' are fixed: .*{reason}"):
+        group_of(model, "conv")
+    assert "conv" not in groups(model, (numbers(1, 3, 8, 8),))
+
+
+def test_other_refusals() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    assert not groups(model)["0"].exact
+    with pytest.raises(SpaceError, match="channels of '2' are fixed: the model returns it"):
+        group_of(model, "2")
+    with pytest.raises(SpaceError, match="'1' is a LayerNorm; channels are removed from Linear"):
+        group_of(model, "1")
+    with pytest.raises(ValueError, match="channels must ascend"):
+        groups(model)["0"].keep(model, [2, 1])
+    with pytest.raises(SpaceError, match="layers are removed from a ModuleList"):
+        Prune(keep=0.5, structure="layers").apply_to_model(model, "0")
+
+
+def test_a_ratio_is_of_the_group_before_anything_was_removed() -> None:
+    model = trained(Residual())
+    prune = Prune(keep=0.5, structure="channels")
+    for name in ("stem.0", "two", "gate"):  # one group: the second and third find it done
+        prune.apply_to_model(model, name)
+    assert model.two.out_channels == 4
+    with pytest.raises(SpaceError, match="'two' is tied to layers that keep 4 of 8 channels, and should keep 2"):
+        Prune(keep=0.25, structure="channels").apply_to_model(model, "two")
+    magnitude, random = Residual(), None
+    random = copy.deepcopy(magnitude)
+    prune.apply_to_model(magnitude, "one")
+    Prune(keep=0.5, structure="channels", scores="random").apply_to_model(random, "one")
+    assert magnitude.one.weight.shape == random.one.weight.shape
+    assert not torch.equal(magnitude.one.weight, random.one.weight)
