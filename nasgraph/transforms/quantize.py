@@ -227,7 +227,7 @@ class ActivationQuantizer(nn.Module):
         """The least and the greatest entry: the frozen ones, or those of ``x``."""
         if "lowest" in self._buffers:
             return self.get_buffer("lowest"), self.get_buffer("highest")
-        return x.detach().amin(), x.detach().amax()
+        return x.detach().min(), x.detach().max()  # amin without axes does not export to ONNX
 
     def freeze(self, lowest: Tensor, highest: Tensor) -> None:
         """Take ``[lowest, highest]`` for the range of every tensor from now on. They become buffers."""
