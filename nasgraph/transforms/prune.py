@@ -239,7 +239,7 @@ def recycle(model: nn.Module, rate: float) -> int:
     """Iterative weight recycling: where scores are lowest, weights take the values of where they are highest.
 
     In each layer with learned scores, ``k = round(rate * n)`` of ``n`` weights; the scores stay (Gorbett & Whitley,
-    "Randomly Initialized Subnetworks with Iterative Weight Recycling", AAAI 2023). To be called every few epochs.
+    "Randomly Initialized Subnetworks with Iterative Weight Recycling", 2023). To be called every few epochs.
 
     Returns: how many weights were overwritten.
     Raises: ValueError: ``rate`` is not in [0, 0.5], so the two groups would overlap.
