@@ -14,6 +14,7 @@ import math
 import pickle
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ from nasgraph.tasks.batch import Batch
 from nasgraph.tasks.node import NodeData, NodeTask
 from nasgraph.training import TrainSettings
 from nasgraph.training.policies import Policy
+from nasgraph.transforms import Transform
 
 CONVOLUTIONS = ("gat", "gatv2", "gcn", "gin", "cheb", "sage-mean", "sage-max", "arma", "graph", "gen", "pna", "fc")
 
@@ -471,6 +473,116 @@ class SpaceExam:
         for architecture, results in zip(architectures, export_many(requests), strict=True):
             for result in results:
                 assert result.status == "ok", f"{result.format}: {result.detail}: {architecture}"
+
+
+class TransformExam:
+    """What every transform must do, on a linear layer and on a convolution, whichever it rewrites.
+
+    ``transform`` has a choice in at least one field, and an option that is neutral.
+    """
+
+    transform: ClassVar[Transform]
+    formats: ClassVar[tuple[str, ...]] = ("code", "torch-export")
+
+    def spaces(self) -> list[tuple[SearchSpace, Tensor]]:
+        """A space for each kind of layer that the transform rewrites, and inputs."""
+        found = []
+        for make, shape in ((nn.Linear, (5, 6)), (nn.Conv2d, (5, 6, 4, 4))):
+            if make in self.transform.kinds:
+                space = SearchSpace(f"exam_{make.__name__}")
+                x = space.input("x", torch.randn(2, *shape[1:], generator=_generator()), {0: "batch"})
+                sizes = {"out_features": 8} if make is nn.Linear else {"out_channels": 8, "kernel_size": 3}
+                first = space.add("first", Op(make, **sizes), x, transforms=[self.transform])
+                act = space.add("flat", Op(nn.Flatten), space.add("act", Op(nn.ReLU), first))
+                space.output(space.add("head", Op(nn.Linear, out_features=3), act))
+                found.append((space, torch.randn(shape, generator=_generator())))
+        assert found, f"{type(self.transform).__name__} rewrites neither nn.Linear nor nn.Conv2d"
+        return found
+
+    def test_a_neutral_option_is_the_plain_network_bit_for_bit(self) -> None:
+        for space, x in self.spaces():
+            every = list(space.enumerate())
+            plain = [a for a in every if type(build(space, a).get_submodule("first")) in (nn.Linear, nn.Conv2d)]
+            assert plain, "no option is neutral"
+            assert len(plain) < len(every), "every option is neutral"
+            first = build(space, plain[0])
+            for architecture in plain:
+                assert space.key(architecture) == space.key(plain[0])
+                assert torch.equal(build(space, architecture)(x), first(x))
+
+    def test_subnets_of_a_supernet_equal_their_extraction(self) -> None:
+        for space, x in self.spaces():
+            supernet = Supernet(space)
+            for architecture in space.enumerate():
+                subnet, alone = supernet.subnet(architecture), supernet.extract(architecture)
+                for n in (1, 2, 5):
+                    assert torch.equal(subnet.eval()(x[:n]), alone.eval()(x[:n])), architecture
+
+    def test_gradients_reach_all_that_is_trained(self) -> None:
+        for space, x in self.spaces():
+            for architecture in space.enumerate():
+                model = build(space, architecture)
+                model(x).square().sum().backward()
+                for name, parameter in model.named_parameters():
+                    if parameter.requires_grad:
+                        assert parameter.grad is not None, f"{name} of {architecture} has no gradient"
+                        assert parameter.grad.isfinite().all()
+
+    def test_models_copy_and_their_weights_load_elsewhere(self) -> None:
+        for space, x in self.spaces():
+            for architecture in space.enumerate():
+                model = build(space, architecture, seed=1).eval()
+                assert torch.equal(copy.deepcopy(model)(x), model(x))
+                other = build(space, architecture, seed=2).eval()
+                other.load_state_dict(model.state_dict())
+                assert torch.equal(other(x), model(x))
+
+    def test_the_same_on_a_model_that_exists_which_stays_as_it_was(self) -> None:
+        model = _small_mlp() if nn.Linear in self.transform.kinds else _small_cnn()
+        x = torch.randn((5, 6) if nn.Linear in self.transform.kinds else (5, 3, 8, 8), generator=_generator())
+        before, outputs = copy.deepcopy(model.state_dict()), model(x)
+        space = SearchSpace.from_module(model, [self.transform_at("0")], inputs=x)
+        assert torch.equal(space.model(space.baseline())(x), outputs)
+        for architecture in space.enumerate():
+            assert space.model(architecture)(x).isfinite().all()
+        assert torch.equal(model(x), outputs)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    def transform_at(self, where: str) -> Transform:
+        """The transform for modules of that name."""
+        return replace(self.transform, where=where)
+
+    def test_networks_leave_without_nasgraph(self, tmp_path: Path) -> None:
+        requests = []
+        for i, (space, _) in enumerate(self.spaces()):
+            architecture = next(a for a in space.enumerate() if "first" in _transformed(build(space, a)))
+            model = build(space, architecture)
+            requests.append(Request(model, tmp_path / str(i), space, architecture, self.formats))
+        for exported in export_many(requests):
+            failed = [f"{item.format}: {item.detail}" for item in exported if item.status != "ok"]
+            assert not failed, "; ".join(failed)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _transformed(model: nn.Module) -> set[str]:
+    """Nodes whose operation is not the plain layer."""
+    plain = (nn.Linear, nn.Conv2d, nn.ReLU, nn.Flatten)
+    return {name for name, child in model.named_children() if type(child) not in plain}
+
+
+def _small_mlp() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+
+
+def _small_cnn() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
 
 
 class ExporterExam:

@@ -18,7 +18,7 @@ from torch import nn
 
 from nasgraph.errors import SpaceError, did_you_mean
 from nasgraph.space import Choice, ConcreteOp, Expr, Op, Switch
-from nasgraph.transforms.layers import KINDS, is_pyg_linear, plain_linears, swapped
+from nasgraph.transforms.layers import KINDS, is_pyg_linear, plain_linears, swapped, without_shortcuts
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def transformed(op: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
         module = plain_linears(module)
     for transform in active:
         module = transform.apply(module)
-    return module
+    return without_shortcuts(module)
 
 
 def rewritten(model: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
@@ -131,7 +131,7 @@ def rewritten(model: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
         model = plain_linears(model)
     for transform in active_:
         model = transform.apply_to_model(model, transform.where)
-    return model
+    return without_shortcuts(model)
 
 
 def in_order(transforms: Sequence[Transform]) -> list[Transform]:

@@ -30,7 +30,7 @@ SCALES: dict[str, Callable[[float, int, int], float]] = {  # of (alpha, r, r_max
     "alpha/r": lambda alpha, r, r_max: alpha / r,
     "alpha/sqrt(r)": lambda alpha, r, r_max: alpha / math.sqrt(r),
 }
-KINDS: dict[str, Callable[..., Adapter]] = {
+ADAPTERS: dict[str, Callable[..., Adapter]] = {
     "plain": LoraLinear,
     "vera": VeraLinear,
     "mora": MoraLinear,
@@ -74,7 +74,7 @@ class Lora(Transform):
         self.check("rank", lambda rank: _whole(rank, 0), "give a whole number, 0 for no adapter")
         self.check("alpha", lambda alpha: _number(alpha) and alpha > 0, "give a number above 0")
         self.check("scale", lambda scale: scale in SCALES, f"give one of {', '.join(SCALES)}")
-        self.check("kind", lambda kind: kind in KINDS, f"give one of {', '.join(KINDS)}")
+        self.check("kind", lambda kind: kind in ADAPTERS, f"give one of {', '.join(ADAPTERS)}")
         self.check("dropout", lambda p: _number(p) and 0 <= p < 1, "give a share from 0 to below 1")
         self.check("blocks", lambda blocks: _whole(blocks, 1), "give a whole number of at least 1")
         ranks = [rank for rank in each_option(self.rank)]
@@ -114,7 +114,7 @@ class Lora(Transform):
             return LoraEmbedding(layer, self.rank, scale)
         assert isinstance(layer, nn.Linear)
         if self.kind != "melora":
-            return KINDS[self.kind](layer, self.rank, scale, self.dropout)
+            return ADAPTERS[self.kind](layer, self.rank, scale, self.dropout)
         try:
             return MeloraLinear(layer, self.rank, scale, self.dropout, self.blocks)
         except ValueError as error:

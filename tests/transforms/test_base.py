@@ -162,3 +162,15 @@ def test_swapping_the_linear_layers_of_pyg_is_exact(name: str) -> None:
     rewritten = transformed(conv, [Scale(power=1)])  # times 1
     assert torch.equal(rewritten(x, EDGES), before)
     assert any(type(module).__name__ == "TransformedLinear" for module in rewritten.modules())
+
+
+def test_the_fused_kernel_of_encoder_layers_does_not_pass_by_what_was_added() -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(2, 3, 8)
+    rewritten = transformed(copy.deepcopy(encoder), [Scale("linear1", power=2)])
+    doubled = copy.deepcopy(encoder)
+    with torch.no_grad():
+        doubled.linear1.weight *= 2
+        fused = rewritten(x)
+    torch.testing.assert_close(fused, rewritten(x))  # with gradients it never takes the kernel
+    torch.testing.assert_close(fused, doubled(x), rtol=1e-4, atol=1e-5)
