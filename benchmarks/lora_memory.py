@@ -105,12 +105,13 @@ def main() -> None:
 
     OMP_NUM_THREADS=1 python benchmarks/lora_memory.py > results/benchmarks/lora_memory.md
 
-{platform.machine()}, torch {torch.__version__}, one thread. A model of linear layers; `Lora` with ranks {RANKS} on query and
-value of each block; {SUBNETS} random subnets run forward and backward on 8 rows and stay built. MiB. Goal: at most 1.1 times the
-base model plus the adapters.
+{platform.machine()}, torch {torch.__version__}, one thread. A model of linear layers; `Lora` with ranks {RANKS} on
+query and value of each block; {SUBNETS} random subnets run forward and backward on 8 rows and stay built. MiB. Goal: at
+most 1.1 times the base model plus the adapters.
 
-`tensors`: all distinct storages of the model, the store and the built networks. `resident`: memory of the process above what it
-had without a model, before the space was made and at its highest after; its ratio counts the adapters twice, for their gradients.
+`tensors`: all distinct storages of the model, the store and the built networks. `resident`: memory of the process above
+what it had without a model, before the space was made and at its highest after; its ratio counts the adapters twice, for
+their gradients. What it has beside tensors are Python's objects for {SUBNETS} built networks.
 
 | width x layers | base | adapters | tensors | ratio | resident before | resident after | ratio |
 |---|---|---|---|---|---|---|---|""",
