@@ -262,20 +262,16 @@ def recycle(model: nn.Module, rate: float) -> int:
 
 
 def kept_weights(model: nn.Module) -> tuple[int, int]:
-    """Of the layers that are pruned, how many entries of their weights are not zero now, and how many there are."""
-    live = total = 0
+    """Of the layers that are pruned, how many entries of their weights the masks keep, and how many there are."""
+    layers = [layer for layer in rewritten_layers(model).values() if "prune" in layer.on_weight]
+    return sum(kept_entries(layer) for layer in layers), sum(layer.weight.numel() for layer in layers)
+
+
+def kept_entries(layer: Transformed) -> int:
+    """How many entries of a pruned layer's weight the mask keeps now, zeros among them."""
     with torch.no_grad():
-        for layer in rewritten_layers(model).values():
-            if "prune" in layer.on_weight:
-                live += int(masked_weight(layer).count_nonzero())
-                total += layer.weight.numel()
-    return live, total
-
-
-def masked_weight(layer: Transformed) -> Tensor:
-    """The weight of a pruned layer behind its mask, before it is quantised."""
-    masked: Tensor = layer.on_weight["prune"](layer.weight)
-    return masked
+        probe = torch.ones_like(layer.weight)  # of equals a mask keeps as many as of others
+        return int(layer.on_weight["prune"](probe).count_nonzero())
 
 
 def _rows(scores: Tensor, structure: str) -> Tensor:

@@ -83,7 +83,8 @@ def envelope_prox(norms: Tensor, weights: Tensor, strength: float, budget: float
     The envelope ``R(w) = min over u in [0, 1], sum u <= k, of sum_j d_j |w_j|^2 / (2 u_j)`` is a convex stand-in for
     "at most k groups are not zero". ``prox(z)_j = z_j u_j / (u_j + s d_j)`` with strength ``s`` and
     ``u_j = clip(|z_j| sqrt(s d_j / (2 mu)) - s d_j, 0, 1)``, ``mu`` such that ``sum u = k`` (WGSEF: Refael, Arbel &
-    Huleihel, "Learning k-Level Structured Sparse Neural Networks Using Group Envelope Regularization", 2022). All ``u`` are 1 if no more than k groups are not zero.
+    Huleihel, "Learning k-Level Structured Sparse Neural Networks Using Group Envelope Regularization", 2022).
+    All ``u`` are 1 if no more than k groups are not zero.
 
     Args:
         norms: L2 norms of the groups ``(groups,)``.
