@@ -11,9 +11,11 @@ from nasgraph.predictors.zero_cost.jacov import jacov
 from nasgraph.predictors.zero_cost.live_params import live_params
 from nasgraph.predictors.zero_cost.naswot import naswot
 from nasgraph.predictors.zero_cost.ntk_cond import ntk_cond
+from nasgraph.predictors.zero_cost.output_sqnr import output_sqnr
 from nasgraph.predictors.zero_cost.params import params
 from nasgraph.predictors.zero_cost.proxy import PROXIES, ProxyInfo, proxy
 from nasgraph.predictors.zero_cost.snip import snip
+from nasgraph.predictors.zero_cost.sqnr import sqnr
 from nasgraph.predictors.zero_cost.synflow import synflow
 from nasgraph.predictors.zero_cost.zico import zico
 
@@ -27,9 +29,11 @@ __all__ = [
     "live_params",
     "naswot",
     "ntk_cond",
+    "output_sqnr",
     "params",
     "proxy",
     "snip",
+    "sqnr",
     "synflow",
     "zico",
 ]

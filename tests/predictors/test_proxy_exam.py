@@ -76,8 +76,18 @@ class TestFlops(Count):
     proxy = staticmethod(zero_cost.flops)
 
 
+class TestSqnr(ProxyExam):
+    proxy = staticmethod(zero_cost.sqnr)
+    needs_labels = False
+
+
+class TestOutputSqnr(ProxyExam):
+    proxy = staticmethod(zero_cost.output_sqnr)
+    needs_labels = False
+
+
 EXAMS = [TestGradSign, TestSnip, TestGradNorm, TestZico, TestSynflow, TestNaswot, TestJacov, TestNtkCond]
-EXAMS += [TestParams, TestLiveParams, TestFlops]
+EXAMS += [TestParams, TestLiveParams, TestFlops, TestSqnr, TestOutputSqnr]
 
 
 def test_every_installed_proxy_is_examined_and_described() -> None:
