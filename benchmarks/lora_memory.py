@@ -110,8 +110,8 @@ query and value of each block; {SUBNETS} random subnets run forward and backward
 most 1.1 times the base model plus the adapters.
 
 `tensors`: all distinct storages of the model, the store and the built networks. `resident`: memory of the process above
-what it had without a model, before the space was made and at its highest after; its ratio counts the adapters twice, for
-their gradients. What it has beside tensors are Python's objects for {SUBNETS} built networks.
+what it had without a model, before the space was made and at its highest after; its ratio counts the adapters twice,
+for their gradients. What it has beside tensors are Python's objects for {SUBNETS} built networks.
 
 | width x layers | base | adapters | tensors | ratio | resident before | resident after | ratio |
 |---|---|---|---|---|---|---|---|""",
