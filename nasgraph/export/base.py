@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from nasgraph.space import Architecture, SearchSpace
 
@@ -55,11 +55,17 @@ class Written:
             tensors, which is compared with the model's ``state_dict``.
         tolerance: largest difference allowed, relative to the largest absolute value of the output (at least 1).
             0: every bit must agree.
+        beside: names of other files that this one is of no use without, removed with it if it fails.
+        detail: what a reader of the file must know, e.g. what it holds instead of what it cannot hold.
+        expected: what the file must equal; None: the live model.
     """
 
     path: Path
     reload: str
     tolerance: float = 1e-4
+    beside: tuple[str, ...] = ()
+    detail: str = ""
+    expected: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Exported:
     """One format of one model: written and checked, or failed and why (then there is no file).
 
     ``max_abs_diff`` is the largest absolute difference from the live model over all input sizes, ``sizes`` has it per
-    input size, e.g. ``{"nodes=4, edges=6": 0.0}``.
+    input size, e.g. ``{"nodes=4, edges=6": 0.0}``. ``note`` is what the exporter says of its file; it stands in
+    ``detail`` too, before the differences.
     """
 
     format: str
@@ -79,6 +86,7 @@ class Exported:
     bytes: int | None
     tolerance: float | None = None
     sizes: Mapping[str, float] = field(default_factory=dict)
+    note: str = ""
 
 
 def grown(inputs: tuple[Tensor, ...], dynamic: tuple[dict[int, str], ...], least: int = 1) -> tuple[Tensor, ...]:

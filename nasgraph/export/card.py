@@ -26,6 +26,18 @@ HOW = {
         'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
         "(output,) = session.run(None, {{{arrays}}})",
     ),
+    "packed": (
+        "`packed.safetensors`: weights at the bits they have; `packed_model.py` unpacks them and needs no nasgraph",
+        "from packed_model import load  # with this folder on sys.path\n\nmodel = load()\noutput = model({inputs})",
+    ),
+    "onnx-qdq": (
+        "`model_qdq.onnx`: integer weights behind DequantizeLinear, for onnxruntime and others. Without the option "
+        "onnxruntime may round activations to 8 bits",
+        "import onnxruntime\n\noptions = onnxruntime.SessionOptions()\n"
+        'options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")\n'
+        'session = onnxruntime.InferenceSession("model_qdq.onnx", options)\n'
+        "(output,) = session.run(None, {{{arrays}}})",
+    ),
 }
 
 
@@ -67,8 +79,13 @@ def _parity(exported: Sequence[Exported]) -> list[tuple[str, ...]]:
         file = f"`{item.path.name}`" if item.path else ""
         if item.status == "failed":
             rows.append((item.format, file, "", "", f"failed: {item.detail}"))
-        rows += [(item.format, file, size, f"{value:.3g}", "ok") for size, value in item.sizes.items() if item.path]
+        sizes = item.sizes.items() if item.path else ()
+        rows += [(item.format, file, size, f"{value:.3g}", _status(item)) for size, value in sizes]
     return rows
+
+
+def _status(item: Exported) -> str:
+    return f"{item.status}: {item.note}" if item.note else item.status
 
 
 def _loading(outgoing: Outgoing, exported: Sequence[Exported]) -> list[str]:

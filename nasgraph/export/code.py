@@ -9,7 +9,7 @@ import keyword
 import math
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,34 +76,49 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
 
     Raises: ExportError: an operation whose source cannot be copied or imported; names it.
     """
-    from safetensors.torch import save_file
-
     if not (folder / weights.FILE).exists():
         weights.export(outgoing, folder)
-    examples = {n: t.contiguous() for n, t in zip(outgoing.names, outgoing.examples, strict=True)}
     text = source(outgoing)
-    save_file(examples, folder / EXAMPLE)
+    write_example(outgoing, folder)
     (folder / FILE).write_text(text, encoding="utf-8")
     return Written(folder / FILE, RELOAD, tolerance=0.0)
 
 
-def source(outgoing: Outgoing) -> str:
-    """The text of ``model.py``: a class ``Model``, a function ``load``, and what they need."""
+def write_example(outgoing: Outgoing, folder: Path) -> None:
+    """Write ``example.safetensors``: a small input."""
+    from safetensors.torch import save_file
+
+    examples = {n: t.contiguous() for n, t in zip(outgoing.names, outgoing.examples, strict=True)}
+    save_file(examples, folder / EXAMPLE)
+
+
+def source(
+    outgoing: Outgoing, file: str = weights.FILE, loading: Sequence[str] = (), uses: Sequence[Callable[..., Any]] = ()
+) -> str:
+    """The text of ``model.py``: a class ``Model``, a function ``load``, and what they need.
+
+    Args:
+        file: the file of the weights.
+        loading: lines between ``model = Model()`` and ``return model.eval()``; default: ``file`` is its state.
+        uses: functions that ``loading`` calls; they are copied.
+    """
     calls: Mapping[str, Made] = outgoing.model.meta.get("calls", {})
     names = Names(OWN_NAMES)
     for name, statement in IMPORTS.items():
         names.need(name, statement, "an import that every exported file has")
+    for function in uses:
+        names.embed(function)
     for thing in _named_things(outgoing.model.graph, calls):  # copies first: their names cannot be changed
         names.embed(thing)
     submodules = [_submodule(name, calls, outgoing.model, names) for name in _submodules(outgoing.model.graph)]
     forward = _forward(outgoing.model.graph, names)
     parts = [
-        _docstring(outgoing),
+        _docstring(outgoing, file),
         "from __future__ import annotations",
         _imports(names),
-        *names.definitions.values(),
+        *names.in_order(),
         _model(outgoing, submodules, forward),
-        _load(outgoing),
+        _load(file, loading or _state(outgoing)),
         _main(outgoing),
     ]
     return "\n\n\n".join(["\n\n".join(parts[:3]), *parts[3:]]) + "\n"
@@ -112,7 +127,7 @@ def source(outgoing: Outgoing) -> str:
 # ---- the parts of the file --------------------------------------------------------------------------------------
 
 
-def _docstring(outgoing: Outgoing) -> str:
+def _docstring(outgoing: Outgoing, file: str) -> str:
     parameters = sum(parameter.numel() for parameter in outgoing.model.parameters())
     choices = ", ".join(f"{name}={label}" for name, label in sorted(outgoing.architecture.items()))
     lines = [
@@ -124,7 +139,7 @@ def _docstring(outgoing: Outgoing) -> str:
         f"Parameters: {parameters:,}",
         *(f"{name}: {value}" for name, value in outgoing.metrics.items()),
         "",
-        f"``load()`` returns it with the weights of {weights.FILE}, which lies beside this file.",
+        f"``load()`` returns it with the weights of {file}, which lies beside this file.",
     ]
     text = "\n".join(lines).replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
     return f'"""{text}\n"""'
@@ -161,19 +176,25 @@ def _model(outgoing: Outgoing, submodules: list[str], forward: list[str]) -> str
     return "\n".join(body)
 
 
-def _load(outgoing: Outgoing) -> str:
-    shared = weights.shared_tensors(outgoing.model.state_dict())
+def _load(file: str, loading: Sequence[str]) -> str:
     lines = [
         "def load(folder: str | Path | None = None) -> Model:",
-        f'    """The model in eval mode, weights from {weights.FILE} in ``folder`` (default: beside this file)."""',
-        f'    file = (Path(folder) if folder else Path(__file__).resolve().parent) / "{weights.FILE}"',
+        f'    """The model in eval mode, weights from {file} in ``folder`` (default: beside this file)."""',
+        f'    file = (Path(folder) if folder else Path(__file__).resolve().parent) / "{file}"',
         "    model = Model()",
-        "    weights = load_file(file)",
-        *(f"    weights[{name!r}] = weights[{kept!r}]  # one tensor, two names" for name, kept in shared.items()),
-        "    model.load_state_dict(weights)",
+        *(f"    {line}" for line in loading),
         "    return model.eval()",
     ]
     return "\n".join(lines)
+
+
+def _state(outgoing: Outgoing) -> list[str]:
+    shared = weights.shared_tensors(outgoing.model.state_dict())
+    return [
+        "weights = load_file(file)",
+        *(f"weights[{name!r}] = weights[{kept!r}]  # one tensor, two names" for name, kept in shared.items()),
+        "model.load_state_dict(weights)",
+    ]
 
 
 def _main(outgoing: Outgoing) -> str:

@@ -94,7 +94,10 @@ def export_many(requests: Sequence[Request], time_limit: float = parity.TIME_LIM
         results = []
         for request, place, draft in zip(requests, places, drafts, strict=True):
             checked = [
-                _checked(item, next(answers)) if item.format in draft.questions else item for item in draft.exported
+                _checked(item, draft.questions[item.format].written, next(answers))
+                if item.format in draft.questions
+                else item
+                for item in draft.exported
             ]
             results.append(_finish(draft.outgoing, place, Path(request.folder), checked))
         return results
@@ -136,8 +139,8 @@ def _draft(request: Request, place: Path, exporters: Mapping[str, Any]) -> _Draf
             detail = str(error) if isinstance(error, ExportError) else reason(error)
             draft.exported.append(Exported(name, None, "failed", None, detail, None, None))
             continue
-        draft.exported.append(Exported(name, written.path, "ok", None, "", None, None, written.tolerance))
-        draft.questions[name] = parity.Question(written, model, inputs)
+        draft.exported.append(Exported(name, written.path, "ok", None, written.detail, None, None, written.tolerance))
+        draft.questions[name] = parity.Question(written, written.expected or model, inputs)
     return draft
 
 
@@ -148,16 +151,19 @@ def _telling(example: Tensor) -> Tensor:
     return torch.randn(example.shape, generator=torch.Generator().manual_seed(0)).to(example.dtype)
 
 
-def _checked(item: Exported, answer: parity.Answer) -> Exported:
+def _checked(item: Exported, written: Written, answer: parity.Answer) -> Exported:
     """The result of a format once its file was loaded; the file of one that failed is removed."""
     worst = max(answer.differences.values(), default=None)
     assert item.path is not None
     if answer.failure is not None:
         for path in item.path.parent.glob(item.path.name + "*"):  # with weights that lie beside it
             path.unlink()
+        for name in written.beside:
+            (item.path.parent / name).unlink(missing_ok=True)
         return replace(item, path=None, status="failed", max_abs_diff=worst, detail=answer.failure)
-    detail = "; ".join(f"{size}: {value:.3g}" for size, value in answer.differences.items())
-    return replace(item, max_abs_diff=worst, detail=detail, sizes=answer.differences)
+    differences = [f"{size}: {value:.3g}" for size, value in answer.differences.items()]
+    detail = "; ".join([written.detail, *differences] if written.detail else differences)
+    return replace(item, max_abs_diff=worst, detail=detail, note=written.detail, sizes=answer.differences)
 
 
 def _finish(outgoing: Outgoing, place: Path, folder: Path, checked: list[Exported]) -> list[Exported]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,9 +41,19 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     Raises: what ``torch.onnx`` raises for operations that ONNX does not have.
     """
     path = folder / FILE
+    written_ = made(outgoing)
+    written_.model.ir_version = min(written_.model.ir_version, IR_VERSION)
+    size = sum(tensor.nbytes for tensor in outgoing.model.state_dict().values())
+    with quiet():
+        written_.save(path, external_data=size > ONE_FILE * 0.9)
+    return Written(path, RELOAD.replace("INPUTS", repr(list(outgoing.names))))
+
+
+def made(outgoing: Outgoing, **settings: Any) -> torch.onnx.ONNXProgram:
+    """The model in ONNX. ``settings``: of ``torch.onnx.export``."""
     dynamic = tuple(dict(axes) for axes in outgoing.dynamic)
     with quiet(), torch.no_grad():
-        made = torch.onnx.export(
+        found = torch.onnx.export(
             program(outgoing),
             outgoing.examples,
             dynamo=True,
@@ -50,11 +61,9 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
             input_names=list(outgoing.names),
             output_names=["output"],
             dynamic_shapes=dynamic,
+            **settings,
         )
-        assert made is not None
-        for node in made.model.graph.all_nodes():
+        assert found is not None
+        for node in found.model.graph.all_nodes():
             node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine
-        made.model.ir_version = min(made.model.ir_version, IR_VERSION)
-        size = sum(tensor.nbytes for tensor in outgoing.model.state_dict().values())
-        made.save(path, external_data=size > ONE_FILE * 0.9)
-    return Written(path, RELOAD.replace("INPUTS", repr(list(outgoing.names))))
+    return found

@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 from nasgraph.export.base import Outgoing, Written, quiet
+from nasgraph.transforms.deploy import deploy
+from nasgraph.transforms.layers import rewritten_layers
 
 FILE = "program.pt2"
 
@@ -34,8 +36,10 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
 
 
 def program(outgoing: Outgoing) -> torch.export.ExportedProgram:
-    """The model as an exported program, dynamic axes named as in the space."""
+    """The model as an exported program, dynamic axes named as in the space; weights without masks and quantisers."""
+    rewritten = rewritten_layers(outgoing.model)
+    model = deploy(outgoing.model).model if rewritten else outgoing.model
     axes = {name: torch.export.Dim(name) for dynamic in outgoing.dynamic for name in dynamic.values()}
     shapes = tuple({axis: axes[name] for axis, name in dynamic.items()} for dynamic in outgoing.dynamic)
     with torch.no_grad():
-        return torch.export.export(outgoing.model, outgoing.examples, dynamic_shapes=shapes)
+        return torch.export.export(model, outgoing.examples, dynamic_shapes=shapes)

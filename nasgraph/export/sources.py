@@ -49,6 +49,22 @@ class Names:
         """All names that the file binds at its top level."""
         return {*self.imports, *self._origin, *self._reserved}
 
+    def in_order(self) -> list[str]:
+        """The texts of ``definitions``: first what others need to be defined, such as their base classes."""
+        ordered: dict[str, str] = {}
+
+        def place(name: str) -> None:
+            text = self.definitions.get(name)
+            if text is not None and name not in ordered:
+                for needed in _needed_to_define(text):
+                    if needed != name:
+                        place(needed)
+                ordered[name] = text
+
+        for name in self.definitions:
+            place(name)
+        return list(ordered.values())
+
     def embed(self, thing: Any) -> None:
         """Copy the definition of ``thing``, a class or function, if it is the user's own or nasgraph's.
 
@@ -296,6 +312,29 @@ def _names_used(text: str) -> dict[str, bool]:
         if isinstance(found, ast.Name):
             used.setdefault(found.id, False)
     return used
+
+
+def _needed_to_define(text: str) -> list[str]:
+    """Names that must have a value before ``text`` can be run: all but those in the bodies of its functions."""
+    found: list[str] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            defaults = [default for default in [*node.args.defaults, *node.args.kw_defaults] if default is not None]
+            for part in [*getattr(node, "decorator_list", []), *defaults]:
+                visit(part)
+        elif isinstance(node, ast.AnnAssign):
+            for part in (node.target, node.value):
+                if part is not None:
+                    visit(part)
+        else:
+            if isinstance(node, ast.Name):
+                found.append(node.id)
+            for child in ast.iter_child_nodes(node):
+                visit(child)
+
+    visit(ast.parse(text))
+    return found
 
 
 def _replaced(text: str, first_line: int, changes: dict[tuple[int, int], tuple[int, int, str]]) -> str:

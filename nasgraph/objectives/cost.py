@@ -57,7 +57,7 @@ def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     from torch.utils.flop_counter import FlopCounterMode
 
     # As matrix products: the counter does not know the fused kernel of CPUs, which would count as 0.
-    with _evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*inputs)
     return int(counter.get_total_flops())
 
@@ -74,7 +74,7 @@ def count_traffic(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     dense one of O columns counts as the same. Reading the indices, and what a cache saves, is not counted.
     """
     counter = _Traffic()
-    with _evaluating(model), counter:
+    with evaluating(model), counter:
         model(*inputs)
     return counter.bytes
 
@@ -150,7 +150,7 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
