@@ -114,23 +114,23 @@ class ModelSpace(SearchSpace):
             found[prefix + name] = parameter.detach(), parameter.requires_grad
         for where in dict.fromkeys(each.kwargs["where"] for each in op.kwargs["transforms"]):
             mine = [each for each in op.kwargs["transforms"] if each.kwargs["where"] == where]
-            for name, tensor in self._added(where, mine, node_seed(seed, f"{NODE}/{where}")).items():
-                found[f"{prefix}{where}.{name}"] = tensor, True
+            for name, added in self._added(where, mine, node_seed(seed, f"{NODE}/{where}")).items():
+                found[f"{prefix}{where}.{name}"] = added.detach(), added.requires_grad
         return {(NODE, op.label, name): numbers for name, numbers in found.items()}
 
-    def _added(self, where: str, transforms: Sequence[Op], seed: int) -> dict[str, Tensor]:
+    def _added(self, where: str, transforms: Sequence[Op], seed: int) -> dict[str, nn.Parameter]:
         """The parameters that ``transforms`` add to the module ``where``, each at its largest."""
         module = self.base.copy(share=True).get_submodule(where)
         own = {name for name, _ in module.named_parameters()}
-        found: dict[str, Tensor] = {}
+        found: dict[str, list[nn.Parameter]] = {}
         for some in _settings(transforms):
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
                 made = rewritten(copy.deepcopy(module), [dataclasses.replace(each, where="*") for each in some])
             for name, parameter in made.named_parameters():
                 if name not in own:
-                    found[name] = _larger(f"{where}.{name}", found.get(name), parameter.detach())
-        return found
+                    found.setdefault(name, []).append(parameter)
+        return {name: _largest(f"{where}.{name}", forms) for name, forms in found.items()}
 
     def graph(self) -> networkx.MultiDiGraph:
         """The modules that rules fit, and the data flow between them.
@@ -331,9 +331,11 @@ def _settings(transforms: Sequence[Op]) -> Iterator[list[Transform]]:
                     yield made
 
 
-def _larger(name: str, one: Tensor | None, other: Tensor) -> Tensor:
-    if one is None or all(a <= b for a, b in zip(one.shape, other.shape, strict=True)):
-        return other
-    if all(a >= b for a, b in zip(one.shape, other.shape, strict=True)):
-        return one
-    raise SpaceError(f"parameter '{name}' is {tuple(one.shape)} and {tuple(other.shape)}, which do not nest")
+def _largest(name: str, forms: Sequence[nn.Parameter]) -> nn.Parameter:
+    """The form of a parameter that has the most entries on every axis."""
+    most = tuple(map(max, *(form.shape for form in forms))) if len(forms) > 1 else tuple(forms[0].shape)
+    for form in reversed(forms):
+        if tuple(form.shape) == most:
+            return form
+    shapes = " and ".join(sorted({str(tuple(form.shape)) for form in forms}))
+    raise SpaceError(f"parameter '{name}' is {shapes}, which do not nest")

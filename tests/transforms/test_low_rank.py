@@ -16,6 +16,7 @@ from nasgraph.build import build
 from nasgraph.errors import SpaceError
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
+from nasgraph.transforms import Lora, Quantize
 from nasgraph.transforms.base import transformed
 from nasgraph.transforms.layers import extended
 from nasgraph.transforms.low_rank import Factorised, LowRank, decomposed, factorised, full_rank, rank_of, record_inputs
@@ -249,3 +250,42 @@ def test_a_factorised_layer_can_be_exported_as_a_program() -> None:
     x = drawn(2, 3, 6, 6)
     program = torch.export.export(model, (x,))
     assert torch.equal(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("beside", [Lora("(0|2)", rank=Choice("adapter.{name}", [0, 2, 3])), None])
+def test_factors_of_a_model_share_weights_and_leave_it_alone(beside: Lora | None) -> None:
+    """With adapters the model is frozen, and so are factors of it; without, they learn."""
+    model = nn.Sequential(
+        filled(nn.Linear(6, 8)), nn.ReLU(), filled(nn.Linear(8, 8)), nn.ReLU(), filled(nn.Linear(8, 3))
+    )
+    before, x = copy.deepcopy(model), drawn(5, 6)
+    rules = [LowRank("(0|2)", rank=Choice("rank.{name}", [None, 2, 4])), beside]
+    rules[1] = beside or Quantize("(0|2)", weight_bits=Choice("bits.{name}", [None, 4]))
+    space = SearchSpace.from_module(model, rules, inputs=x)
+    supernet = Supernet(space)
+    trains = {name: parameter.requires_grad for (_, _, name), parameter in supernet.store.items()}
+    assert {trains[name] for name in trains if "first.weight" in name or "bias" in name} == {beside is None}
+    optimizer = torch.optim.SGD([p for p in supernet.parameters() if p.requires_grad], lr=1e-4)
+    for architecture in random.Random(0).sample(list(space.enumerate()), 20):
+        out = supernet.subnet(architecture)(x)
+        assert torch.equal(out, supernet.extract(architecture)(x))
+        if out.requires_grad:
+            optimizer.zero_grad()
+            out.square().mean().backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
+    assert torch.equal(build(space, space.baseline())(x), before(x))
+
+
+def test_activation_weighted_factors_of_a_model() -> None:
+    model = nn.Sequential(filled(nn.Linear(6, 8)), nn.ReLU(), filled(nn.Linear(8, 3)))
+    x = drawn(50, 6) * torch.tensor([3.0, 1.0, 0.1, 0.1, 1.0, 0.1])
+    record_inputs(model, [(x,)])
+    rank, method = Choice("rank", [None, 2]), Choice("method", ["svd", "activation"])
+    space = SearchSpace.from_module(model, [LowRank("0", rank=rank, method=method)], inputs=x)
+    errors = {}
+    for label in ("svd", "activation"):
+        found = build(space, {"rank": 2, "method": label})
+        errors[label] = float((found(x) - model(x)).square().mean().detach())
+        assert list(found.state_dict()) == list(build(space, {"rank": 2, "method": "svd"}).state_dict())
+    assert errors["activation"] < errors["svd"]
