@@ -21,10 +21,9 @@ from nasgraph.transforms.adapters import (
     VeraLinear,
 )
 from nasgraph.transforms.base import Transform, each_option
-from nasgraph.transforms.layers import extended, plain, rewritten_layers
+from nasgraph.transforms.layers import CONVOLUTIONS, extended, plain, rewritten_layers
 
 NAME = "lora"  # in ``layer.beside``
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 SCALES: dict[str, Callable[[float, int, int], float]] = {  # of (alpha, r, r_max)
     "alpha/r_max": lambda alpha, r, r_max: alpha / r_max,
     "alpha/r": lambda alpha, r, r_max: alpha / r,

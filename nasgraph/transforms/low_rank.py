@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
 from nasgraph.transforms.base import Transform, matches
-from nasgraph.transforms.layers import Transformed
+from nasgraph.transforms.layers import CONVOLUTIONS, Transformed
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 KEEP = 2**26  # numbers of kept decompositions
 KEPT: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
 STATISTIC = "input_mean_square"  # the buffer of a layer that :func:`record_inputs` gives it
