@@ -21,6 +21,7 @@ def prune_cnn(
     keeps: Sequence[float] = (0.125, 0.25, 0.5, 1.0),
     scores: str = "magnitude",
     structure: str = "unstructured",
+    seed: int = 0,
 ) -> SearchSpace:
     """Blocks of 3x3 convolution, BatchNorm, ReLU and 2x2 max pooling, mean over pixels, a linear layer.
 
@@ -32,6 +33,7 @@ def prune_cnn(
         layers: blocks, at least 1; each halves the image while it has more than 3 pixels a side.
         widths: channels of a block, ascending.
         keeps: shares of a convolution's weights that stay, ascending; 1.0 is no mask.
+        seed: of ``scores="random"``.
 
     Shapes: images ``(B, image_channels, image_size, image_size)`` -> logits ``(B, classes)``.
     Size: ``(widths x keeps) ** layers``, 4,096 with the defaults.
@@ -46,7 +48,8 @@ def prune_cnn(
         width = Choice(f"width{i}", list(widths), ordered=True)
         keep = Choice(f"keep{i}", list(keeps), ordered=True)
         conv = Op(nn.Conv2d, out_channels=width, kernel_size=3, padding=1, bias=False)
-        x = space.add(f"conv{i}", conv, x, transforms=[Prune(keep=keep, scores=scores, structure=structure, seed=i)])
+        mask = Prune(keep=keep, scores=scores, structure=structure, seed=seed * layers + i)
+        x = space.add(f"conv{i}", conv, x, transforms=[mask])
         x = space.add(f"norm{i}", Op(nn.BatchNorm2d), x)
         x = space.add(f"relu{i}", Op(nn.ReLU), x)
         if size > 3:
