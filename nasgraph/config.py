@@ -109,6 +109,17 @@ class Differentiable(BaseModel):
         return dict(self.model_extra or {})
 
 
+class WarmStart(_Keys):
+    """First trials of a space with transforms: what each of their options breaks and costs, alone, without search."""
+
+    methods: list[Literal["sensitivity", "sqnr", "gradients", "stable_rank"]] = Field(
+        ["sensitivity", "gradients"], min_length=1, description="what tells; a choice is of the first that tells of it"
+    )
+    cost: str = Field("model_bits", description="the objective that is traded against what breaks")
+    n: int = Field(8, ge=1, description="trials around each architecture of start, or around one that is drawn")
+    samples: int = Field(256, ge=2, description="labelled training samples that all are measured on")
+
+
 class Search(_Keys):
     """Tier 2: the Optuna study."""
 
@@ -121,6 +132,7 @@ class Search(_Keys):
     start: list[dict[str, str | int | float | bool | None]] = Field(
         [], description="architectures (choice: option) that are tried first, e.g. networks known to be good"
     )
+    warm_start: WarmStart | None = None
     trials: int = Field(60, ge=1, description="how many candidates are trained")
     baseline: bool = Field(True, description="also run a random search of equal budget, to stand beside")
     workers: int = Field(1, ge=0, description="child processes; 0: in this process, without time and memory limits")
@@ -172,6 +184,7 @@ class Config(_Keys):
             ("objectives", self.objectives),
             ("samplers", [self.search.sampler.name]),
             ("exporters", self.export),
+            ("objectives", [self.search.warm_start.cost] if self.search.warm_start else []),
             ("proxies", self.screen.proxies if self.screen else []),
             ("policies", [self.supernet.policy.name] if self.supernet else []),
             ("relaxations", [self.differentiable.method] if self.differentiable else []),
@@ -267,7 +280,7 @@ def _first(error: ValidationError) -> str:
 def _fields(location: Sequence[str]) -> list[str]:
     sections: dict[str, type[BaseModel]] = {
         **{"train": Train, "screen": Screen, "search": Search, "final": Final},
-        **{"supernet": Supernet, "differentiable": Differentiable, "split": Split},
+        **{"supernet": Supernet, "differentiable": Differentiable, "split": Split, "warm_start": WarmStart},
     }
     model: type[BaseModel] = Config
     for part in location:

@@ -13,12 +13,13 @@ import csv
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nasgraph import __version__, config, database, manifest, pretraining, registry
+from nasgraph import __version__, config, database, manifest, pretraining, registry, warm_start
 from nasgraph.config import Config
 from nasgraph.console import Display
 from nasgraph.errors import ConfigError, NasgraphError
@@ -58,6 +59,7 @@ def start(settings: Config, folder: Path, quiet: bool = False) -> int:
         made = parts(settings)
         made.space.sample(random.Random(settings.seed))  # a constraint that nothing meets costs no training
         _known(settings, made)
+        warm_start.check(settings.search.warm_start, made)
         learner = _learner(settings, made, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,6 +250,7 @@ def _first(run: Run, made: Parts, executor: Executor, display: Display) -> list[
     known = _known(run.config, made)
     if "differentiable" in run.facts:
         known.append(made.space.architecture(run.facts["differentiable"]["architecture"]))
+    known += _warm(run, made, known, display)
     if tier is None:
         return known
     rows = _screen(run.config, made, run.folder / SCREEN, executor, display)
@@ -255,6 +258,23 @@ def _first(run: Run, made: Parts, executor: Executor, display: Display) -> list[
     costs = [name for name in BASELINE_PROXIES if name in run.config.objectives]  # the screen knows these exactly
     kept = survivors(rows, columns, ["maximize"] * len(columns), tier.keep, costs) if tier.keep else []
     return [*known, *(row.arch for row in kept)]
+
+
+def _warm(run: Run, made: Parts, known: Sequence[Architecture], display: Display) -> list[Architecture]:
+    """What ``search.warm_start`` proposes; it is in the manifest, so it is found once."""
+    wanted = run.config.search.warm_start
+    if wanted is None:
+        return []
+    if "warm_start" not in run.facts:
+        with _threads(run.config.threads), _timed(display, "warm start"):
+            network = None
+            if run.config.supernet is not None:
+                learned = _worker(run.config, run.folder).supernet
+                network = partial(learned.calibrated, samples=run.config.supernet.samples)
+            found = warm_start.warm_start(wanted, made, known, network, run.config.seed)
+            run.facts["warm_start"] = [dict(architecture) for architecture in found]
+        _note(run, display)
+    return [made.space.architecture(choices) for choices in run.facts["warm_start"]]
 
 
 def _known(settings: Config, made: Parts) -> list[Architecture]:

@@ -27,7 +27,7 @@ from nasgraph.transforms.base import Transform, transformed
 from nasgraph.transforms.damage import METHODS
 
 Network = Callable[[Architecture], nn.Module]
-Cost = Callable[[nn.Module], float]
+Cost = Callable[[Architecture], float]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Effect:
 
     Attributes:
         damage: see :data:`nasgraph.transforms.damage.METHODS`; smaller is better.
-        cost: of the network with this option, everything else as in the reference.
+        cost: with this option, everything else as in the reference.
     """
 
     choice: str
@@ -160,14 +160,14 @@ def effects(
         network: makes the trained network of an architecture: ``Supernet.calibrated``, :func:`networks_of`, or
             ``functools.partial(build, space)`` for a space over a trained model.
         method: a name in :data:`nasgraph.transforms.damage.METHODS`.
-        cost: of a network, e.g. its bits.
+        cost: of an architecture, e.g. its bits.
 
     Raises: ConfigError: an unknown method.
     """
     if method not in METHODS:
         raise ConfigError(f"unknown method {method!r}.{did_you_mean(method, METHODS)} Known: {', '.join(METHODS)}.")
     start = network(architecture).eval()
-    damage, own = METHODS[method](start, batch), cost(start)
+    damage, own = METHODS[method](start, batch), cost(architecture)
     rows: list[Effect] = []
     for name in transform_choices(space):
         if name not in architecture:
@@ -176,8 +176,8 @@ def effects(
             if label == architecture[name]:
                 rows.append(Effect(name, label, damage(start), own))
                 continue
-            changed = network(_decided(space, {**architecture, name: label})).eval()
-            rows.append(Effect(name, label, damage(changed), cost(changed)))
+            changed = _decided(space, {**architecture, name: label})
+            rows.append(Effect(name, label, damage(network(changed).eval()), cost(changed)))
     return rows
 
 

@@ -62,14 +62,14 @@ def bits_and_ranks() -> SearchSpace:
     return SearchSpace.from_module(model(), rules, inputs=batch().inputs)
 
 
-def parameters(net: nn.Module) -> float:
-    return float(sum(parameter.numel() for parameter in net.parameters()))
+def parameters(space: SearchSpace, architecture: Architecture) -> float:
+    return float(sum(parameter.numel() for parameter in build(space, architecture).parameters()))
 
 
-def weight_bits(net: nn.Module) -> float:
+def weight_bits(space: SearchSpace, architecture: Architecture) -> float:
     """A cost that sees what the tests change: bits of weights and of adapters."""
     total = 0.0
-    for _, layer in weighted_layers(net):
+    for _, layer in weighted_layers(build(space, architecture)):
         for part in layer.children() if hasattr(layer, "first") else [layer]:
             steps = getattr(part, "on_weight", {})
             bits = next((step.bits for step in steps.values()), 32)
@@ -130,13 +130,15 @@ def test_networks_of_a_trained_plain_network_are_it_rewritten() -> None:
 def test_sensitivity_is_the_rise_of_the_loss_of_one_change_alone() -> None:
     space, data = bits_and_ranks(), batch()
     start = reference(space)
-    rows = effects(space, functools.partial(build, space), start, data, "sensitivity", parameters)
+    rows = effects(
+        space, functools.partial(build, space), start, data, "sensitivity", functools.partial(parameters, space)
+    )
     assert len(rows) == 3 * 3 + 2 * 3 + 3
     own = data.loss(build(space, start).eval())
     for row in rows:
         changed = build(space, {**start, row.choice: row.label}).eval()
         assert row.damage == pytest.approx(float((data.loss(changed) - own).detach()), abs=1e-6)
-        assert row.cost == parameters(changed)
+        assert row.cost == parameters(space, {**start, row.choice: row.label})
         if row.choice.startswith("rank"):
             assert row.damage == 0.0  # a new adapter adds nothing
 
@@ -144,7 +146,7 @@ def test_sensitivity_is_the_rise_of_the_loss_of_one_change_alone() -> None:
 def test_weight_noise_is_the_distance_of_the_weights() -> None:
     space, data = bits_and_ranks(), batch()
     start = reference(space)
-    rows = effects(space, functools.partial(build, space), start, data, "sqnr", parameters)
+    rows = effects(space, functools.partial(build, space), start, data, "sqnr", functools.partial(parameters, space))
     kept = dict(weighted_layers(build(space, start)))
     for row in rows:
         if row.choice == "factors" and row.label is not None:
@@ -213,7 +215,14 @@ def test_stable_ranks_follow_the_spectrum() -> None:
 def test_methods_by_name() -> None:
     space = bits_and_ranks()
     with pytest.raises(ConfigError, match="unknown method 'sensitivty'.*Did you mean 'sensitivity'"):
-        effects(space, functools.partial(build, space), reference(space), batch(), "sensitivty", parameters)
+        effects(
+            space,
+            functools.partial(build, space),
+            reference(space),
+            batch(),
+            "sensitivty",
+            functools.partial(parameters, space),
+        )
 
 
 # ---- the front ----------------------------------------------------------------------------------------------------
@@ -261,23 +270,25 @@ def test_within_a_budget() -> None:
 def test_first_trials_go_from_the_cheapest_to_the_least_damaging() -> None:
     space, data = bits_and_ranks(), batch()
     start, network = reference(space), functools.partial(build, space)
-    found = first_trials(space, network, start, data, weight_bits, n=6)
+    found = first_trials(space, network, start, data, functools.partial(weight_bits, space), n=6)
     assert 3 <= len(found) <= 6 and len(set(found)) == len(found)
-    costs = [weight_bits(build(space, arch)) for arch in found]
+    costs = [weight_bits(space, arch) for arch in found]
     assert costs == sorted(costs)
     least = found[-1]
     assert least["rank.0"] == 3 and least["rank.2"] == 3  # damage 1 - held falls with the rank
     assert found[0]["rank.0"] == 0 and found[0]["bits.0"] == 2
     losses = [float(data.loss(build(space, arch).eval()).detach()) for arch in (found[0], found[-1])]
     assert losses[1] < losses[0]
-    one = first_trials(space, network, start, data, weight_bits, methods=["sqnr"], n=4)
+    one = first_trials(space, network, start, data, functools.partial(weight_bits, space), methods=["sqnr"], n=4)
     assert all(arch["rank.0"] == 0 for arch in one)  # the method says nothing of adapters
 
 
 def test_first_trials_keep_the_constraints_of_the_space() -> None:
     space, data = bits_and_ranks(), batch()
     space.constrain("no two bits", lambda arch: arch["bits.0"] != 2)
-    found = first_trials(space, functools.partial(build, space), reference(space), data, weight_bits)
+    found = first_trials(
+        space, functools.partial(build, space), reference(space), data, functools.partial(weight_bits, space)
+    )
     assert found and all(arch["bits.0"] != 2 for arch in found)
 
 
@@ -285,7 +296,9 @@ def test_first_trials_from_a_supernet() -> None:
     space = declared()
     supernet = Supernet(space)
     start = reference(space, {"width": 12})
-    found = first_trials(space, supernet.extract, start, batch(), parameters, methods=["sqnr"], n=3)
+    found = first_trials(
+        space, supernet.extract, start, batch(), functools.partial(parameters, space), methods=["sqnr"], n=3
+    )
     assert found[0]["rank"] == 1 and found[-1]["rank"] is None
     assert all(arch["width"] == 12 for arch in found)
 
