@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -188,28 +189,20 @@ def from_module(
     ]
     known: dict[tuple[int, str], Choice] = {}
     transforms = [Op(type(rule), **{**_named(rule.op().kwargs, where, known), "where": where}) for rule, where in pairs]
-    op = Op(network, label=type(model).__name__, takes=len(sources), model=space.base, transforms=transforms)
+    picked = {} if output is None else {"output": output}
+    op = Op(network, label=type(model).__name__, takes=len(sources), model=space.base, transforms=transforms, **picked)
     space.output(space.add(NODE, op, *sources))
     if inputs is not None:
         space.base.result = _result(space)
     return space
 
 
-def network(model: Base | nn.Module, transforms: Sequence[Transform]) -> nn.Module:
+def network(
+    model: nn.Module | Base, transforms: Sequence[Transform], output: str | int | None = None, share: bool = False
+) -> nn.Module:
     """The network of a :class:`ModelSpace`: ``model`` rewritten by ``transforms``, giving its output as one tensor."""
-    return _network(model, transforms, share=False)
-
-
-def _network(model: Base | nn.Module, transforms: Sequence[Transform], share: bool) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return rewritten(model, transforms)
-    made = rewritten(model.copy(share), transforms)
-    return made if model.output is None else Picked(made, model.output)
-
-
-def _light(model: Base, transforms: Sequence[Transform]) -> nn.Module:
-    """:func:`network` with the numbers of the model itself: for a supernet, which has numbers of its own."""
-    return _network(model, transforms, share=True)
+    made = rewritten(model if isinstance(model, nn.Module) else model.copy(share), transforms)
+    return made if output is None else Picked(made, output)
 
 
 def _simplified(op: ConcreteOp) -> ConcreteOp:
@@ -221,7 +214,8 @@ def _shape(op: ConcreteOp) -> tuple[tuple[int, ...], torch.dtype] | None:
     return base.result or ((0,), torch.float32)
 
 
-network.light = _light  # type: ignore[attr-defined]  # supernet.store looks for it
+# supernet.store looks for it: with the numbers of the model itself, since a supernet has numbers of its own
+network.light = partial(network, share=True)  # type: ignore[attr-defined]
 network.simplified = _simplified  # type: ignore[attr-defined]  # canonical.simplify
 network.shape = _shape  # type: ignore[attr-defined]  # build: transforms change no shape, so nothing is run
 

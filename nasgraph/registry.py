@@ -99,7 +99,8 @@ def make(kind: str, name: str, arguments: Mapping[str, Any], offered: Mapping[st
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     for parameter in parameters.values():
         if parameter.default is parameter.empty and parameter.kind in named and parameter.name not in given:
-            raise ConfigError(f"{what} needs the argument '{parameter.name}'")
+            there = f"; it is offered {', '.join(sorted(offered))}" if offered else ""
+            raise ConfigError(f"{what} needs the argument '{parameter.name}'{there}")
     try:
         return function(**given)
     except NasgraphError:

@@ -21,6 +21,7 @@ from nasgraph.errors import ExportError
 from nasgraph.export import weights
 from nasgraph.export.base import Outgoing, Written, shape_text
 from nasgraph.export.sources import Names
+from nasgraph.model_space import Base
 
 FILE = "model.py"
 EXAMPLE = "example.safetensors"
@@ -294,6 +295,12 @@ def _value(thing: Any, names: Names, variables: Mapping[fx.Node, str] | None = N
 
     if isinstance(thing, fx.Node):
         return (variables or {})[thing]
+    if isinstance(thing, Base):
+        if thing.made is None:
+            raise ExportError(
+                f"code cannot make {thing}: declare the space with from_module(..., make=Op(MyModel, ...))"
+            )
+        return write(thing.made)
     if isinstance(thing, Made):
         return _call(thing.make, thing.kwargs, write, names)
     if isinstance(thing, functools.partial):
@@ -351,6 +358,8 @@ def _named_things(graph: fx.Graph, calls: Mapping[str, Made]) -> Iterator[Any]:
     def inside(thing: Any) -> Iterator[Any]:
         if isinstance(thing, functools.partial):
             yield from inside((thing.func, thing.args, thing.keywords))
+        elif isinstance(thing, Base):
+            yield from inside(thing.made)
         elif isinstance(thing, Made):
             yield from inside((thing.make, thing.kwargs))
         elif isinstance(thing, Mapping):
