@@ -47,7 +47,7 @@ class WeightQuantizer(nn.Module):
     ``weight == (codes + offset) * scale`` after quantisation, exactly; ``offset`` is 0 but for nested bits.
 
     Args:
-        bits: of a code. A binary code is -1 or 1.
+        bits: of a code. A binary code is -1 or 1; it is 0 for a weight that is exactly 0: one that a mask took out.
         per: what shares a scale: the whole ``"tensor"``, a ``"channel"`` (axis 0), or a ``"group"`` of ``group_size``
             consecutive entries of a channel; the last group of a channel may be smaller.
 
@@ -99,9 +99,9 @@ class WeightQuantizer(nn.Module):
         return values if self.per == "group" else values.reshape(-1, *[1] * (weight.dim() - 1))
 
     def mean_magnitude(self, weight: Tensor) -> Tensor:
-        """The mean of ``|weight|`` over the entries that share a scale."""
-        total = self.grouped(weight.abs()).sum(-1)
-        return self.one_each(total / self.grouped(torch.ones_like(weight)).sum(-1), weight)
+        """The mean of ``|weight|`` over the entries that share a scale and are not 0, as those that a mask took out."""
+        entries = self.grouped(weight.abs())
+        return self.one_each(entries.sum(-1) / entries.count_nonzero(-1).clamp_min(1), weight)
 
 
 class MinMax(WeightQuantizer):
@@ -116,11 +116,10 @@ class MinMax(WeightQuantizer):
         fixed = weight.detach()
         if self.bits == 1:
             scale = self.mean_magnitude(fixed).clamp_min(SMALLEST)
-            codes = torch.where(fixed >= 0, 1.0, -1.0).to(weight.dtype)
+            codes = fixed.sign()
         elif self.bits == 2:
             large = (fixed.abs() > self.spread(TWN_THRESHOLD * self.mean_magnitude(fixed), fixed)).to(weight.dtype)
-            total = self.grouped(fixed.abs() * large).sum(-1) / self.grouped(large).sum(-1).clamp_min(1)
-            scale = self.one_each(total, fixed).clamp_min(SMALLEST)
+            scale = self.mean_magnitude(fixed * large).clamp_min(SMALLEST)
             codes = fixed.sign() * large
         else:
             entries = self.grouped(fixed)
@@ -347,6 +346,10 @@ class Quantize(Transform):
         """See :class:`Transform`."""
         found = extended(layer)
         if self.weight_bits not in FLOAT:
+            if self.method == "nested" and "prune" in found.on_weight:
+                raise SpaceError(
+                    "Quantize: nested codes have none for 0, which a pruned weight needs: use lsq or minmax"
+                )
             once(found.on_weight, layer)["quantize"] = self.weight_quantizer(found.weight)
         if self.activation_bits not in FLOAT and not isinstance(layer, nn.Embedding):
             once(found.on_input, layer)["quantize"] = ActivationQuantizer(

@@ -16,7 +16,7 @@ from nasgraph.build import build
 from nasgraph.errors import SpaceError
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
-from nasgraph.transforms import Quantize
+from nasgraph.transforms import Prune, Quantize
 from nasgraph.transforms.base import transformed
 from nasgraph.transforms.quantize import (
     ActivationQuantizer,
@@ -308,6 +308,18 @@ def test_a_layer_is_quantised_once_and_an_embedding_has_no_input_to_quantise() -
         transformed(nn.Embedding(3, 2), [Quantize(activation_bits=8)])
     words = transformed(nn.Embedding(3, 2), [Quantize(weight_bits=4, activation_bits=8, per="channel")])
     assert torch.equal(words(torch.tensor([1])), words.effective_weight()[1:2])
+
+
+def test_what_a_mask_took_out_stays_out() -> None:
+    for bits in BITS:
+        layer = transformed(nn.Linear(8, 6), [Quantize(weight_bits=bits), Prune(keep=0.5)])
+        weight, left = layer.effective_weight().detach(), layer.on_weight["prune"](layer.weight) != 0
+        assert list(layer.on_weight) == ["prune", "quantize"]
+        assert not bool(weight[~left].any())
+        if bits == 1:
+            torch.testing.assert_close(weight[left], layer.weight[left].sign() * layer.weight[left].abs().mean())
+    with pytest.raises(SpaceError, match="nested codes have none for 0"):
+        transformed(nn.Linear(8, 6), [Quantize(weight_bits=4, method="nested"), Prune(keep=0.5)])
 
 
 # ---- in a space -----------------------------------------------------------------------------------------------------
