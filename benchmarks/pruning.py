@@ -214,9 +214,9 @@ def main() -> None:
     print(f"## {name} {given['task'] or ''}\n\n    OMP_NUM_THREADS=1 python benchmarks/pruning.py {name}\n")
     print(
         f"torch {torch.__version__}, one thread, {np.mean(seconds):.0f} s of CPU per seed, {SEEDS} seeds.\n"
-        f"{given['layers']} blocks, widths {given['widths']}, ratios {KEEPS}; {given['epochs'][0]} epochs without masks,\n"
-        f"then {given['epochs'][1]} with them; {TRIALS} supernet scores per search. Test accuracy in %, mean and\n"
-        "standard deviation over seeds; p: one-sided paired t-test that the first row of the budget is better.\n"
+        f"{given['layers']} blocks, widths {given['widths']}, ratios {KEEPS}; {given['epochs'][0]} epochs without\n"
+        f"masks, then {given['epochs'][1]} with them; {TRIALS} supernet scores per search. Test accuracy in %, mean\n"
+        "and standard deviation over seeds; p: one-sided paired t-test that the first row of the budget is better.\n"
     )
     print("| budget | network | test accuracy | FLOPs of dense | parameters kept | p |\n|---|---|---|---|---|---|")
     first: dict[str, str] = {}

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nasgraph.build import build
 from nasgraph.errors import SpaceError
 from nasgraph.search_spaces.transformer import SelfAttention
+from nasgraph.space import Architecture, Choice, SearchSpace
+from nasgraph.supernet import Supernet
 from nasgraph.transforms.prune import Prune
 from nasgraph.transforms.shrink import Group
 from nasgraph.transforms.structured import group_of, groups, heads_of
@@ -359,3 +362,54 @@ def test_a_ratio_is_of_the_group_before_anything_was_removed() -> None:
     Prune(keep=0.5, structure="channels", scores="random").apply_to_model(random, "one")
     assert magnitude.one.weight.shape == random.one.weight.shape
     assert not torch.equal(magnitude.one.weight, random.one.weight)
+
+
+def test_a_space_over_a_model_and_its_supernet() -> None:
+    torch.manual_seed(0)
+    model, x = trained(Residual()), numbers(2, 3, 8, 8)
+    keeps = [0.25, 0.5, 1.0]
+    rules = [
+        Prune("one", structure="channels", keep=Choice("keep.{name}", keeps)),
+        Prune("stem.0", structure="channels", keep=Choice("keep.{name}", keeps), scores="random"),
+        Prune("gate", structure="rows", keep=Choice("rows", [0.5, 1.0])),
+    ]
+    space = SearchSpace.from_module(model, rules, inputs=x)
+    assert torch.equal(space.model(space.baseline()).eval()(x), model(x))
+    supernet = Supernet(space)
+    sizes = set()
+    for architecture in space.enumerate():
+        alone, subnet = supernet.extract(architecture).eval(), supernet.subnet(architecture).eval()
+        assert torch.equal(alone(x), subnet(x))
+        made = build(space, architecture).eval()
+        assert torch.equal(alone(x), made(x))
+        sizes.add(sum(p.numel() for p in made.parameters()))
+    assert len(sizes) == 9
+    chosen = {"keep.one": 0.25, "keep.stem.0": 0.5, "rows": 0.5}
+    subnet, own = supernet.subnet(chosen).eval(), supernet.extract(chosen).eval()
+    subnet(x).square().sum().backward()
+    own(x).square().sum().backward()
+    for piece in supernet._structure(Architecture(chosen)).pieces:
+        grad, alone_grad = supernet.store[piece.key].grad, own.get_parameter(piece.name).grad
+        assert grad is not None and alone_grad is not None
+        torch.testing.assert_close(grad.abs().sum(), alone_grad.abs().sum(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_space_over_bert_whose_heads_units_and_layers_go() -> None:
+    model, tokens = bert(), torch.arange(12).view(2, 6)
+    rules = [
+        Prune("bert.encoder.layer.*.attention", structure="heads", keep=Choice("heads.{name}", [0.5, 1.0])),
+        Prune(
+            "bert.encoder.layer.*.intermediate.dense",
+            structure="channels",
+            keep=Choice("units", [0.25, 1.0]),
+            follow="output.dense",
+        ),
+    ]
+    space = SearchSpace.from_module(model, rules, inputs={"input_ids": tokens}, output="logits")
+    assert len(space.choices) == 3 and space.size() == 8
+    supernet = Supernet(space)
+    for architecture in list(space.enumerate())[:3]:
+        assert torch.equal(supernet.extract(architecture).eval()(tokens), supernet.subnet(architecture).eval()(tokens))
+    layers = Prune("bert.encoder.layer", structure="layers", keep=Choice("depth", [0.5, 1.0]))
+    shallow = SearchSpace.from_module(model, [layers]).model({"depth": 0.5}).eval()
+    assert shallow(tokens).logits.shape == (2, 2) and len(shallow.get_submodule("bert.encoder.layer")) == 1
