@@ -75,7 +75,7 @@ def test_a_run_begins_with_the_front_of_its_tables(tmp_path: Path) -> None:
 def test_with_a_supernet_its_weights_are_measured(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     tier = {"score": "supernet", "finetune": 1, "warm_start": {"methods": ["sqnr"], "n": 3, "cost": "params"}}
-    supernet = {"policy": "uniform", "epochs": 3}
+    supernet = {"policy": "ordered_dropout", "epochs": 3}
     config = settings(tier, supernet=supernet, objectives=["val_accuracy", "params"])
     assert search.start(config, folder, quiet=True) == 0
     found = first_trials(folder)

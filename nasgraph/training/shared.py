@@ -94,7 +94,8 @@ def _step(
                 supernet.optimizer.zero_grad(set_to_none=True)
                 name = path.architecture.to_json()
                 raise NotFinite(f"step {step}: the loss of {name} is {losses[-1]}; the step was not taken")
-            (loss * (share * path.weight)).backward()  # type: ignore[no-untyped-call]
+            if loss.requires_grad:  # not for a frozen model without adapters
+                (loss * (share * path.weight)).backward()  # type: ignore[no-untyped-call]
     gradients = [parameter.grad for parameter in supernet.parameters() if parameter.grad is not None]
     if not _all_finite(gradients):
         supernet.optimizer.zero_grad(set_to_none=True)
