@@ -15,7 +15,7 @@ SMALL = {"image_size": 8, "classes": 3, "layers": 2, "widths": (2, 4), "keeps": 
 class TestExam(SpaceExam):
     space = staticmethod(lambda: prune_cnn(**SMALL))  # type: ignore[arg-type]
     classes = 3
-    formats = ("torch-export",)
+    formats = ("code", "torch-export")
 
 
 def test_sizes_and_costs_in_closed_form() -> None:
