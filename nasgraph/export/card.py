@@ -26,13 +26,17 @@ HOW = {
         'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx")\n'
         "(output,) = session.run(None, {{{arrays}}})",
     ),
+    "peft": (
+        "`peft/`: adapters for the model that the space was put over, which is not in this folder",
+        'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(your_model, "peft")',
+    ),
     "packed": (
         "`packed.safetensors`: weights at the bits they have; `packed_model.py` unpacks them and needs no nasgraph",
         "from packed_model import load  # with this folder on sys.path\n\nmodel = load()\noutput = model({inputs})",
     ),
     "onnx-qdq": (
         "`model_qdq.onnx`: integer weights behind DequantizeLinear, for onnxruntime and others. Without the option "
-        "onnxruntime may round activations to 8 bits",
+        "onnxruntime may round the inputs of products to 8 bits",
         "import onnxruntime\n\noptions = onnxruntime.SessionOptions()\n"
         'options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")\n'
         'session = onnxruntime.InferenceSession("model_qdq.onnx", options)\n'

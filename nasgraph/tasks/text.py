@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -318,21 +318,37 @@ def logistic_regression(x: dict[str, Tensor], y: dict[str, Tensor]) -> dict[str,
     return best
 
 
-def digits_rows(tokens: int = 8, batch_size: int = 64, val: float = 0.2, test: float = 0.2, seed: int = 0) -> RowTask:
+def digits_rows(
+    tokens: int = 8,
+    batch_size: int = 64,
+    val: float = 0.2,
+    test: float = 0.2,
+    seed: int = 0,
+    digits: Sequence[int] = tuple(range(10)),
+) -> RowTask:
     """scikit-learn's 1,797 digits as sequences: 8 rows of 8 pixels (``tokens=8``) or 64 pixels (64). No download.
 
-    Values are 0 to 1; the split keeps the classes' shares and is drawn from ``seed``.
+    Values are 0 to 1; the split keeps the classes' shares and is drawn from ``seed``. ``digits``: only these, in this
+    order the classes 0, 1, ...: so one part of them can be learned before another.
 
-    Raises: ConfigError: ``tokens`` does not divide 64.
+    Raises: ConfigError: ``tokens`` does not divide 64, or ``digits`` are not at least two different ones.
     """
     if not isinstance(tokens, int) or tokens < 1 or 64 % tokens:
         raise ConfigError(f"digits_rows: tokens is {tokens!r}, it must divide 64: 8 for rows, 64 for pixels")
-    return RowTask("digits_rows", partial(_digits, tokens, val, test, seed), batch_size)
+    chosen = tuple(digits)
+    if len(chosen) < 2 or len(set(chosen)) < len(chosen) or not set(chosen) <= set(range(10)):
+        raise ConfigError(f"digits_rows: digits is {list(chosen)}, name two or more different ones from 0 to 9")
+    return RowTask("digits_rows", partial(_digits, tokens, val, test, seed, chosen), batch_size)
 
 
-def _digits(tokens: int, val: float, test: float, seed: int) -> Rows:
+def _digits(tokens: int, val: float, test: float, seed: int, digits: tuple[int, ...]) -> Rows:
     from sklearn.datasets import load_digits
 
     pixels, labels = (torch.from_numpy(array) for array in load_digits(return_X_y=True))
     x, y = (pixels / 16.0).float().view(len(pixels), tokens, 64 // tokens), labels.long()
+    if digits != tuple(range(10)):
+        number = torch.full((10,), -1)
+        number[list(digits)] = torch.arange(len(digits))
+        kept = number[y] >= 0
+        x, y = x[kept], number[y[kept]]
     return Rows(x, y, *stratified(y, val, test, seed, "digits_rows"))
