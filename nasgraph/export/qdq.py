@@ -30,9 +30,10 @@ IR_VERSIONS = {21: 10, 25: 13}  # onnx may write a newer one than onnxruntime re
 TOLERANCE = 1e-5
 ACTIVATION_TOLERANCE = 0.05
 
-# Level 1: products of quantised weights in floats. By default onnxruntime rounds their other factor to 8 bits.
+# Products of quantised weights in floats; by default onnxruntime rounds their other factor to 8 bits.
 FLOATS = 'options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")'
-RELOAD = plain_onnx.RELOAD.replace("    session =", f"    {FLOATS}\n    session =")
+# With quantised activations, products of floats too; its integer kernels round biases to integers.
+NO_INTEGERS = 'options.add_session_config_entry("session.disable_quant_qdq", "1")'
 
 
 def export(outgoing: Outgoing, folder: Path) -> Written:
@@ -61,7 +62,9 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     except Exception as error:  # protobuf has several
         raise ExportError(f"ONNX holds 2 GB in one file, and external weights are not written here: {error}") from None
     (folder / FILE).write_bytes(data)
-    reload = RELOAD.replace("INPUTS", repr(list(outgoing.names)))
+    options = f"    {FLOATS}\n" + (f"    {NO_INTEGERS}\n" if rounded else "")
+    reload = plain_onnx.RELOAD.replace("    session =", f"{options}    session =")
+    reload = reload.replace("INPUTS", repr(list(outgoing.names)))
     tolerance = ACTIVATION_TOLERANCE if rounded else TOLERANCE
     return Written(folder / FILE, reload, tolerance, detail=_detail(deployed, widths, rounded))
 
@@ -77,7 +80,7 @@ def width(weight: StoredWeight) -> int:
 
 
 def exchange(graph: Any, deployed: Deployed, widths: dict[str, int]) -> None:
-    """In ``graph``, put codes, scale and ``DequantizeLinear`` in the place of each weight. ``widths``: bits by layer."""
+    """In ``graph``, put codes, scale and ``DequantizeLinear`` in place of each weight. ``widths``: bits by layer."""
     from onnx import helper
 
     floats = {tensor.name: tensor for tensor in graph.initializer}
@@ -140,7 +143,7 @@ class QuantizeDequantize(nn.Module):
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
         low, high, scale = quantizer.grid(torch.zeros(1))
-        self.low, self.high, self.signed = int(low), int(high), bool(low < 0)
+        self.lowest, self.highest, self.signed = float(low * scale), float(high * scale), bool(low < 0)
         self.bits = next(bits for bits in WIDTHS[1:] if bits >= quantizer.bits)
         self.clip = self.bits != quantizer.bits
         self.scale = nn.Buffer(scale.detach().reshape(()))
@@ -148,7 +151,7 @@ class QuantizeDequantize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` rounded to the scale, clipped to the codes."""
         if self.clip:
-            x = x.clamp(float(self.low * self.scale), float(self.high * self.scale))
+            x = x.clamp(self.lowest, self.highest)
         kind = torch.int8 if self.signed else torch.uint8
         zero = torch.zeros((), dtype=kind)
         symbolic = torch.onnx.ops.symbolic
@@ -176,5 +179,8 @@ def _detail(deployed: Deployed, widths: dict[str, int], rounded: Sequence[nn.Mod
     if any(weight.kept is not None for weight in deployed.weights.values()):
         parts.append("masks stored as zeros")
     if rounded:
-        parts.append("activations are rounded, so sums added in another order may move an output by a step")
+        parts.append(
+            "checked with onnxruntime's session.disable_quant_qdq=1; activations are rounded, so a sum in another "
+            "order, or a bias that its integer kernels round, may move an output by a step"
+        )
     return "; ".join(parts) or "no weight is quantised"

@@ -151,13 +151,15 @@ def _storage(tensor: Tensor) -> torch.UntypedStorage:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training, fused = model.training, torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)  # one kernel for a whole layer, in which nothing can be counted
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(training)
+        torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _params(candidate: Candidate) -> float:
