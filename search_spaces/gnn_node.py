@@ -75,7 +75,7 @@ class PNA(nn.Module):
         return out
 
 
-def convolutions(width: Choice, heads: Choice, attention_dropout: Choice, degrees: Sequence[int]) -> list[Op]:
+def convolutions(width: Choice, heads: Choice, attention_dropout: Choice | float, degrees: Sequence[int]) -> list[Op]:
     """The layers from which a graph network chooses; all give ``width`` channels, attention heads share them."""
     return [
         Op(GATConv, label="gat", out_channels=width // heads, heads=heads, dropout=attention_dropout),

@@ -13,11 +13,15 @@ Forms that differ in whole numbers only (widths, kernels) are *superposed* where
 largest form, with ``W = sum_k P(k | these) * pad(W[slice_k])`` (Sukthanker et al., TangleNAS). Whether it gives the
 same is tried on numbers, form by form: LayerNorm and GroupNorm over a padded width, concatenation, attention heads do
 not, and are run per form. So with one-hot weights the relaxed network equals the subnet, whatever the space.
+
+Operations with transforms (bits, ranks, masks) are run per form: a sum of weights does not commute with rounding. Their
+forms are many, one for each combination of settings, so a form's module is made when it is first run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,15 +51,28 @@ NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 @dataclass(eq=False)
 class Form:
-    """One form of a node: what is run on what. ``module`` is None for a function; it has no numbers otherwise."""
+    """One form of a node: what is run on what."""
 
     op: ConcreteOp | None  # None: the output, which is read as it is
     sources: tuple[str, ...]
     reads: tuple[Shape, ...]
     out: Shape
-    module: nn.Module | None = None
-    pieces: dict[str, Piece] = field(default_factory=dict)  # by parameter
+    make: Callable[[], tuple[nn.Module, dict[str, Piece]]] | None = None  # None: a function
     training: bool | None = None  # the mode of the module
+
+    @functools.cached_property
+    def made(self) -> tuple[nn.Module | None, dict[str, Piece]]:
+        return (None, {}) if self.make is None else self.make()
+
+    @property
+    def module(self) -> nn.Module | None:
+        """None for a function; it has no numbers otherwise."""
+        return self.made[0]
+
+    @property
+    def pieces(self) -> dict[str, Piece]:
+        """By parameter."""
+        return self.made[1]
 
 
 @dataclass(eq=False)
@@ -81,7 +98,7 @@ class Place:
 
     forms: list[Form]
     cubes: list[tuple[Cube, int]]
-    form_of: Tensor  # (forms, cubes), 0 or 1
+    form_of: Tensor  # (cubes,), the form of each
     masks: dict[str, tuple[Tensor, Tensor]]  # choice -> (cubes, labels) and (cubes,): it says nothing of the choice
     groups: list[Group]
     shape: Shape  # the largest
@@ -89,10 +106,10 @@ class Place:
 
     def probabilities(self, weights: Weights) -> Tensor:
         """Of each form."""
-        product = torch.ones(len(self.cubes), dtype=self.form_of.dtype, device=self.form_of.device)
+        product = torch.ones(len(self.cubes), dtype=torch.float64, device=self.form_of.device)
         for name, (mask, silent) in self.masks.items():
             product = product * (mask @ weights[name].to(mask.dtype) + silent)
-        return self.form_of @ product
+        return product.new_zeros(len(self.forms)).index_add(0, self.form_of, product)
 
     def opened(self, labels: Open, path: Mapping[str, Label]) -> list[bool]:
         """Of each form, whether some of its decisions are open, and at most one of them is not that of ``path``."""
@@ -258,9 +275,10 @@ class Mixture:
             entries: list[tuple[Cube, Any, Tensors]] = []
             for cube, op, make, sources in _readings(space, name):
                 for joined, read in _joined(cube, [tables[source] for source in sources]):
-                    signature = (op.signature, read)
+                    plain = op.kwargs["op"] if _is_transformed(op) else op  # the layer's result is as large
+                    signature = (plain.signature, read)
                     if signature not in known:
-                        known[signature] = _form(space, Step(name, op, sources), read)
+                        known[signature] = _form(space, Step(name, plain, sources), read)
                     if isinstance(known[signature], SpaceError):  # a constraint may exclude it
                         continue
                     out: Tensors = known[signature][0]
@@ -286,12 +304,14 @@ class Mixture:
     def _found(
         self, node: str, option: str, op: ConcreteOp, sources: tuple[str, ...], read: tuple[Tensors, ...], out: Shape
     ) -> Form:
-        form = Form(op, sources, tuple(shape for shape, _ in read), out)
-        if not op.is_call:
-            form.module = self._module(node, op, sources, read)
-            for name, _ in form.module.named_parameters():
-                form.pieces[name] = self.supernet._piece(node, option, name, form.module)
-        return form
+        make = None if op.is_call else functools.partial(self._made, node, option, op, sources, read)
+        return Form(op, sources, tuple(shape for shape, _ in read), out, make)
+
+    def _made(
+        self, node: str, option: str, op: ConcreteOp, sources: tuple[str, ...], read: tuple[Tensors, ...]
+    ) -> tuple[nn.Module, dict[str, Piece]]:
+        module = self._module(node, op, sources, read)
+        return module, {n: self.supernet._piece(node, option, n, module) for n, _ in module.named_parameters()}
 
     def _module(self, node: str, op: ConcreteOp, sources: tuple[str, ...], read: tuple[Tensors, ...]) -> nn.Module:
         shapes = _Shapes(self.space)
@@ -309,16 +329,17 @@ class Mixture:
                 f"{_called(name)} is a tensor of another rank or type in another form: such options cannot be mixed"
             )
         device = self.supernet.device
-        form_of = torch.zeros(len(forms), len(entries), dtype=torch.float64, device=device)
+        form_of = torch.tensor([numbers[key] for _, key, _ in entries], device=device)
+        nothing = torch.zeros(len(entries), dtype=torch.float64, device=device)
         masks: dict[str, tuple[Tensor, Tensor]] = {}
-        for column, (cube, key, _) in enumerate(entries):
-            form_of[numbers[key], column] = 1
+        for column, (cube, _, _) in enumerate(entries):
             for choice, labels in cube.items():
                 known = self.space.choices[choice].labels
                 if labels == set(known):
                     continue
-                fresh = form_of.new_zeros(len(entries), len(known)), form_of.new_ones(len(entries))
-                mask, silent = masks.setdefault(choice, fresh)
+                if choice not in masks:
+                    masks[choice] = nothing.new_zeros(len(entries), len(known)), nothing + 1
+                mask, silent = masks[choice]
                 mask[column] = torch.tensor([label in labels for label in known], dtype=mask.dtype)
                 silent[column] = 0
         shapes = [form.out for form in forms]
@@ -331,11 +352,12 @@ class Mixture:
     def _groups(self, place: Place) -> list[Group]:
         families: dict[Any, list[int]] = {}
         for i, form in enumerate(place.forms):
-            computed = any(piece.computed is not None for piece in form.pieces.values())
-            together = self._superposes and not computed and not (form.pieces and self.align == "interpolate")
-            families.setdefault(_family(form) if together else i, []).append(i)
+            families.setdefault(_family(form) if self._may_superpose(form) else i, []).append(i)
         groups = []
         for members in families.values():
+            if len(members) == 1:
+                groups.append(Group(members, place.forms[members[0]]))
+                continue
             left = sorted(members, key=lambda i: _size(place.forms[i]), reverse=True)
             while left:
                 largest = place.forms[left[0]]
@@ -349,6 +371,12 @@ class Mixture:
                 groups.append(group)
                 left = [i for i in left if i not in mine]
         return groups
+
+    def _may_superpose(self, form: Form) -> bool:
+        if not self._superposes or _is_transformed(form.op):
+            return False
+        computed = any(piece.computed is not None for piece in form.pieces.values())
+        return not computed and not (form.pieces and self.align == "interpolate")
 
     def _gate(self, largest: Form, forms: Sequence[Form], name: str) -> Gate | None:
         masks: list[Tensor] = []
@@ -491,6 +519,10 @@ def _family(form: Form) -> Any:
     if form.op is None:
         return form.sources
     return (form.op.make, form.op.is_call, form.sources, _without_sizes(form.op.kwargs), *_options_of(form))
+
+
+def _is_transformed(op: ConcreteOp | None) -> bool:
+    return op is not None and bool(getattr(op.make, "one_at_a_time", False))
 
 
 def _options_of(form: Form) -> tuple[Any, ...]:
