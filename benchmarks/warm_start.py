@@ -28,8 +28,8 @@ HEAD = """# First trials from tables, measured without training again
 `python benchmarks/warm_start.py`: digits, three graph convolutions of width 64, bits 2, 3, 4, 8, 32 per channel and
 ranks 4, 8, 16, full; {size:,} architectures. The plain network is trained once per seed, then only rewritten. Area
 under the front of validation accuracy over model bits (1: all right at no bits), {seeds} seeds, and a paired one-sided
-t-test against {n} random architectures of the same trained weights. A table needs the plain network and 21 rewritten ones, on one batch
-of 256 training samples; no trial of it is counted.
+t-test against {n} random architectures of the same trained weights.
+A table needs the plain network and 21 rewritten ones, on one batch of 256 training samples; these count as no trial.
 """
 
 
