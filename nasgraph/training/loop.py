@@ -67,7 +67,7 @@ class Fit:
         val: validation accuracy of the weights that the model is left with, those of ``best_epoch``. It is a maximum
             over epochs, so a little optimistic; the test split is for judging.
         val_loss: validation loss of the same weights.
-        best_epoch: counted from 1.
+        best_epoch: counted from 1; 0: there was nothing to train.
         epochs: epochs run.
         seconds: wall-clock time.
         history: per epoch the training loss, validation loss and validation accuracy.
@@ -95,6 +95,8 @@ def train(
     that a search maximises, so the weights kept are those that the score speaks of; the loss breaks ties because an
     accuracy over a few hundred samples moves in coarse steps and the first epoch to touch one is rarely the best.
 
+    A model whose parameters are all frozen is scored as it is, after 0 epochs.
+
     Randomness (dropout, shuffling) is drawn from ``seed`` in a forked generator: equal seeds give equal bits on one
     device and thread count, and the caller's generator is left as it was.
 
@@ -106,8 +108,12 @@ def train(
     Raises: NotFinite: a loss became NaN or infinite; the message holds the epoch.
     """
     parameters = list(model.parameters())
-    optimizer = _optimizer(parameters, settings)
     start = time.perf_counter()
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        accuracy, val_loss = evaluate(model, val)
+        model.eval()
+        return Fit(accuracy, _finite(val_loss, "validation", 0), 0, 0, time.perf_counter() - start)
+    optimizer = _optimizer(parameters, settings)
     best = (-1.0, -math.inf)  # accuracy, minus loss
     best_epoch = 0
     kept: dict[str, torch.Tensor] = {}

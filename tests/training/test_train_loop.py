@@ -141,6 +141,15 @@ def test_progress_is_told_and_time_is_bounded():
     assert train(network(), [blobs()], [blobs()], TrainSettings(max_seconds=1e-9), seed=0).epochs == 1
 
 
+def test_a_frozen_model_is_scored_as_it_is():
+    model, val = network().requires_grad_(False), blobs(seed=1)
+    before = bits(model)
+    fit = train(model, [blobs()], [val], TrainSettings(epochs=3), seed=0)
+    assert (fit.val, fit.val_loss) == evaluate(model, [val])
+    assert (fit.epochs, fit.best_epoch, fit.history) == (0, 0, []) and not model.training
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(model), strict=True))
+
+
 def test_a_model_without_parameters_is_refused():
     with pytest.raises(ValueError, match="no parameter to train"):
         train(nn.Identity(), [blobs()], [blobs()], TrainSettings(epochs=1), seed=0)
