@@ -21,7 +21,7 @@ from nasgraph.export.base import Outgoing, Written
 from nasgraph.export.packed import pack, plural
 from nasgraph.transforms.deploy import Deployed, StoredWeight, deploy
 from nasgraph.transforms.layers import swapped
-from nasgraph.transforms.quantize import ActivationQuantizer
+from nasgraph.transforms.quantizers import ActivationQuantizer
 
 FILE = "model_qdq.onnx"
 WIDTHS = (2, 4, 8, 16)  # of ONNX's signed integers

@@ -17,7 +17,8 @@ from nasgraph.objectives.base import Candidate, Objective
 from nasgraph.objectives.cost import count_flops, evaluating
 from nasgraph.transforms.deploy import deploy
 from nasgraph.transforms.layers import is_pyg_linear, rewritten_layers
-from nasgraph.transforms.quantize import ActivationQuantizer, message_passing
+from nasgraph.transforms.quantize import message_passing
+from nasgraph.transforms.quantizers import ActivationQuantizer
 
 FLOAT_BITS = 32
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

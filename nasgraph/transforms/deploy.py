@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nasgraph.errors import ExportError
 from nasgraph.transforms.layers import Transformed, plain, rewritten_layers
-from nasgraph.transforms.quantize import WeightQuantizer
+from nasgraph.transforms.quantizers import WeightQuantizer
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nasgraph.errors import ConfigError
 from nasgraph.transforms.base import matches
 from nasgraph.transforms.layers import Transformed, extended, plain_linears
-from nasgraph.transforms.quantize import SMALLEST, WeightQuantizer, code_range
+from nasgraph.transforms.quantizers import SMALLEST, WeightQuantizer, code_range
 
 RANGE = 1.16  # of the levels, times the greatest weight: the constant of the authors' code
 METHODS = ("gpfq", "rtn")

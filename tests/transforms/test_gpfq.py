@@ -12,7 +12,8 @@ from torch_geometric.nn import GCNConv
 from nasgraph.errors import ConfigError
 from nasgraph.transforms.base import transformed
 from nasgraph.transforms.gpfq import columns, executed, gpfq, nearest_step, output_errors, paper_step, quantize_model
-from nasgraph.transforms.quantize import Quantize, code_range
+from nasgraph.transforms.quantize import Quantize
+from nasgraph.transforms.quantizers import code_range
 
 EDGES = torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 3]])
 
