@@ -125,6 +125,15 @@ def source(
     return "\n\n\n".join(["\n\n".join(parts[:3]), *parts[3:]]) + "\n"
 
 
+def functions(docstring: str, uses: Sequence[Callable[..., Any]]) -> str:
+    """The text of a file that has ``uses`` and what they need, and no model."""
+    names = Names()
+    for function in uses:
+        names.embed(function)
+    head = [f'"""{docstring}"""', "from __future__ import annotations", _imports(names)]
+    return "\n\n\n".join(["\n\n".join(head), *names.in_order()]) + "\n"
+
+
 # ---- the parts of the file --------------------------------------------------------------------------------------
 
 

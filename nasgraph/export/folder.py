@@ -140,7 +140,9 @@ def _draft(request: Request, place: Path, exporters: Mapping[str, Any]) -> _Draf
             draft.exported.append(Exported(name, None, "failed", None, detail, None, None))
             continue
         draft.exported.append(Exported(name, written.path, "ok", None, written.detail, None, None, written.tolerance))
-        draft.questions[name] = parity.Question(written, written.expected or model, inputs)
+        draft.questions[name] = parity.Question(
+            written, model if written.expected is None else written.expected, inputs
+        )
     return draft
 
 

@@ -22,6 +22,7 @@ from nasgraph.errors import ExportError
 from nasgraph.export import code
 from nasgraph.export.base import Outgoing, Written
 from nasgraph.export.weights import shared_tensors
+from nasgraph.model_space import Picked
 from nasgraph.transforms.deploy import Deployed, StoredWeight, deploy
 from nasgraph.transforms.layers import plain_linears
 
@@ -29,6 +30,9 @@ FILE = "packed.safetensors"
 CODE = "packed_model.py"
 # The result names the file of the weights; what loads it is the code beside it.
 RELOAD = code.RELOAD.replace("(path):\n", f"(path):\n    path = path[: -len({FILE!r})] + {CODE!r}\n", 1)
+
+
+RELOAD_WEIGHTS = RELOAD.replace("module.load()", f"module.unpacked(path[: -len({CODE!r})] + {FILE!r})")
 
 
 def export(outgoing: Outgoing, folder: Path) -> Written:
@@ -40,7 +44,8 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     ``packed``: for each such weight its ``shape``, ``bits``, ``group`` (how many neighbours of a row share a scale) and
     ``offset`` (added to every code).
 
-    Raises: ExportError: see :func:`nasgraph.export.code.export`.
+    Where no code can make the model (one that a space was put over without ``make``), the file beside has only
+    ``unpacked()``, which gives the state of ``deploy(model).model``.
     """
     from safetensors.torch import save_file
 
@@ -55,11 +60,17 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
         "architecture": dict(outgoing.architecture),
         "version": nasgraph.__version__,
     }
-    text = code.source(replace(outgoing, model=model), FILE, _loading(deployed, model.meta["calls"]), (unpacked,))
+    reload, detail, expected = RELOAD, _detail(deployed), None
+    try:
+        text = code.source(replace(outgoing, model=model), FILE, _loading(deployed, model.meta["calls"]), (unpacked,))
+    except ExportError as error:
+        text = code.functions(f"``unpacked({FILE!r})``: the weights of the model, by their names.", (unpacked,))
+        reload, expected = RELOAD_WEIGHTS, model
+        detail = f"{detail}; the weights alone, not the code of the model: {error}"
     save_file(tensors, folder / FILE, metadata={"nasgraph": json.dumps(about, sort_keys=True)})
     code.write_example(outgoing, folder)
     (folder / CODE).write_text(text, encoding="utf-8")
-    return Written(folder / FILE, RELOAD, tolerance=0.0, beside=(CODE,), detail=_detail(deployed))
+    return Written(folder / FILE, reload, tolerance=0.0, beside=(CODE,), detail=detail, expected=expected)
 
 
 def contents(deployed: Deployed) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -196,12 +207,23 @@ def calls(model: fx.GraphModule) -> dict[str, Made]:
     found = {}
     for name, made in model.meta.get("calls", {}).items():
         found[name] = made
-        op = made.kwargs.get("op")
-        if "transforms" in made.kwargs and isinstance(op, Made):
+        op = _plain(made)
+        if op is not None:
             with torch.random.fork_rng(devices=[]):
                 same = _outline(plain_linears(op())) == _outline(model.get_submodule(name))
             found[name] = op if same else made
     return found
+
+
+def _plain(made: Made) -> Made | None:
+    """What makes the module of ``made`` without transforms; None: ``made`` has none, or nothing tells."""
+    if "transforms" not in made.kwargs:
+        return None
+    base = made.kwargs.get("model")
+    op = made.kwargs.get("op") if base is None else base.made
+    if made.kwargs.get("output") is not None and op is not None:
+        op = Made(Picked, {"model": op, "output": made.kwargs["output"]})
+    return op if isinstance(op, Made) else None
 
 
 def _outline(module: nn.Module) -> list[Any]:

@@ -14,10 +14,10 @@ from torch import nn
 
 from nasgraph import testing
 from nasgraph.build import build
-from nasgraph.export import Exported, Request, export_many
+from nasgraph.export import Exported, Request, export_many, export_model
 from nasgraph.export.packed import CODE, FILE, contents, pack, stored_bytes, unpack, unpacked
 from nasgraph.objectives.bits import count_model_bits
-from nasgraph.space import Op, SearchSpace
+from nasgraph.space import Choice, Op, SearchSpace
 from nasgraph.transforms import LowRank, Prune, Quantize
 from nasgraph.transforms.deploy import StoredWeight, deploy
 from nasgraph.transforms.lora import Lora
@@ -159,6 +159,28 @@ def test_what_does_not_fit_is_refused() -> None:
         pack(torch.tensor([0, 4]), 2)
     with pytest.raises(ValueError, match="17 bits"):
         pack(torch.tensor([0]), 17)
+
+
+def own_model(width: int = 8) -> nn.Module:
+    return nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+@pytest.mark.parametrize("made", [True, False])
+def test_a_model_that_existed_before_its_space(made: bool, tmp_path: Path) -> None:
+    """With ``make`` it leaves as code; without, as weights that are compared with those of the deployed model."""
+    space = SearchSpace.from_module(
+        own_model(),
+        [Quantize("(0|2)", weight_bits=Choice("bits.{name}", [4, 8]))],
+        inputs=torch.randn(4, 6, generator=torch.Generator().manual_seed(0)),
+        make=Op(own_model, width=8) if made else None,
+    )
+    arch = space.architecture({"bits.0": 4, "bits.2": 8})
+    [result] = export_model(build(space, arch), tmp_path / "x", space=space, architecture=arch, formats=["packed"])
+    assert (result.status, result.max_abs_diff) == ("ok", 0.0), result.detail
+    assert "4 bits: 1 weight; 8 bits: 1 weight" in result.note
+    assert ("weights alone" in result.note) != made
+    text = (tmp_path / "x" / CODE).read_text()
+    assert ("class Model" in text) == made and "class Quantize" not in text
 
 
 @pytest.mark.slow
