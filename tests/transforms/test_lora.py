@@ -17,6 +17,7 @@ from nasgraph.predictors.zero_cost import grad_norm, snip, synflow
 from nasgraph.space import Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
 from nasgraph.tasks.batch import Batch
+from nasgraph.training.policies import Uniform
 from nasgraph.transforms.adapters import Adapter, frozen
 from nasgraph.transforms.base import transformed
 from nasgraph.transforms.lora import Lora, adapter_params, adapters, merge
@@ -280,3 +281,56 @@ def test_ranks_of_a_supernet_are_prefixes_and_extraction_is_bit_equal() -> None:
     assert isinstance(low, Adapter)
     assert torch.equal(low.A, high.A[:2]) and torch.equal(low.B, high.B[:, :2])
     assert (float(low.scale), float(high.scale)) == (8.0, 4.0)
+
+
+class Target(nn.Module):
+    """What has to be learned: a frozen layer plus an update whose singular values are 4, 2, 1 and 1/2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(16, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
+        return out
+
+
+@pytest.mark.parametrize("scale", ["alpha/r", "alpha/r_max"])
+def test_dylora_one_supernet_trains_every_rank(scale: str) -> None:
+    """Valipour et al., EACL 2023: uniform paths over nested ranks.
+
+    The mean squared error on white inputs is the squared norm of what is missing, over the number of outputs: the best
+    rank b leaves the singular values behind the b-th. With a constant scale the best of all ranks are nested, and are
+    found. With DyLoRA's alpha / b they are not: what rank 1 multiplies by alpha, rank 2 multiplies by alpha / 2.
+    """
+    generator = torch.Generator().manual_seed(0)
+    u, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(16, 16, generator=generator))
+    values = torch.tensor([4.0, 2.0, 1.0, 0.5])
+    update = u[:, :4] @ torch.diag(values) @ v[:, :4].T
+    model = Target()
+    lora = Lora("layer", rank=Choice("rank", [0, 1, 2, 4], ordered=True), alpha=4.0, scale=scale)
+    space = SearchSpace.from_module(model, [lora], inputs=torch.randn(2, 16, generator=generator))
+    supernet = Supernet(space)
+    policy = Uniform(space)
+    optimizer = torch.optim.Adam([p for p in supernet.parameters() if p.requires_grad], lr=0.02)
+    rng = random.Random(0)
+    for step in range(800):
+        x = torch.randn(64, 16, generator=generator)
+        (chosen,) = policy.sample(step, rng)
+        optimizer.zero_grad()
+        error = supernet.subnet(chosen)(x) - model(x) - x @ update.T
+        if chosen["rank"]:
+            error.square().mean().backward()
+            optimizer.step()
+    found = {}
+    for rank in (0, 1, 2, 4):
+        layer = supernet.extract({"rank": rank}).model.layer
+        delta = layer.beside["lora"].delta() if rank else torch.zeros(12, 16)
+        found[rank] = float((delta - update).detach().square().sum())
+    best = {rank: float(values[rank:].square().sum()) for rank in (0, 1, 2, 4)}
+    assert found[0] == pytest.approx(best[0], rel=1e-4)
+    assert found[0] > found[1] > found[2] > found[4]
+    for rank in (1, 2, 4):
+        assert found[rank] < best[rank] + (0.05 if scale == "alpha/r_max" else 0.5) * best[0]
+    assert (found[4] < 0.05) == (scale == "alpha/r_max")
