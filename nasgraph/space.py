@@ -741,6 +741,8 @@ def _with_transforms(op: Any, transforms: Sequence[Transform], node: str) -> Any
         return Switch(op.choice, {label: _with_transforms(case, transforms, node) for label, case in op.declared})
     if not isinstance(op, Op) or op.is_call:
         raise SpaceError(f"node '{node}': transforms rewrite operations with parameters, not {op!r}")
+    for each in transforms:
+        each.check_declared(node)
     takes = op.takes if op.takes is not None else _accepts(op.make)
     maker = type(transforms[0]).maker
     return Op(maker, label=op.label, takes=takes, op=op, transforms=[each.op() for each in transforms])

@@ -56,6 +56,11 @@ class Transform:
             module = swapped(module, layer, self.rewrite(layer))
         return module
 
+    @property
+    def sizes_only(self) -> bool:
+        """Whether it makes layers of an existing model smaller and adds nothing; such are applied before their like."""
+        return False
+
     def apply_to_model(self, model: nn.Module, name: str) -> nn.Module:
         """``model`` with the module called ``name`` rewritten, and whatever elsewhere must follow."""
         return self.apply(model)
@@ -82,6 +87,9 @@ class Transform:
         return (
             f"{type(self).__name__} cannot rewrite {type(module).__name__}, which has no layer of these kinds: {kinds}"
         )
+
+    def check_declared(self, node: str) -> None:
+        """Called when it is put on ``node`` of a declared space. Raises: SpaceError: it is for existing models only."""
 
     def op(self) -> Op:
         """The same as an :class:`~nasgraph.space.Op`, with only what differs from the defaults: its choices stay."""
@@ -136,7 +144,9 @@ def rewritten(model: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
 
 def in_order(transforms: Sequence[Transform]) -> list[Transform]:
     """Those that change anything, in the order in which they are applied."""
-    return sorted((each for each in transforms if not each.neutral()), key=lambda each: each.order)
+    return sorted(
+        (each for each in transforms if not each.neutral()), key=lambda each: (each.order, not each.sizes_only)
+    )
 
 
 def simplified(op: ConcreteOp) -> ConcreteOp:

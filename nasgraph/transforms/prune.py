@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
 from nasgraph.space import Expr
-from nasgraph.transforms.base import Transform
+from nasgraph.transforms.base import Transform, each_option
 from nasgraph.transforms.layers import Transformed, extended, rewritten_layers
 from nasgraph.transforms.structured import group_of, heads_of, prune_to, remove_layers
 
@@ -98,8 +98,14 @@ class Prune(Transform):
 
     @property
     def sizes_only(self) -> bool:
-        """It makes parameters smaller and adds none."""
-        return self.structure in SMALLER
+        """See the base: whole channels, heads and layers."""
+        return any(each in SMALLER for each in each_option(self.structure))
+
+    def check_declared(self, node: str) -> None:
+        """See the base. Raises: SpaceError: a declared space has choices of widths, heads and depths for this."""
+        for each in each_option(self.structure):
+            if each in SMALLER:
+                raise SpaceError(f"node '{node}': {_declared(each)}")
 
     def apply_to_model(self, model: nn.Module, name: str) -> nn.Module:
         """See the base; channels, heads and layers are removed from the model, and what depends on them follows."""

@@ -104,9 +104,10 @@ class Group:
             raise ValueError(f"channels must ascend from 0 to at most {self.size - 1}, one at least")
         for cut in self.cuts:
             layer = model.get_submodule(cut.module)
-            extra = {name for name, _ in layer.named_parameters()} - {"weight", "bias"}
+            own = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
+            extra = sorted(own - {"weight", "num_batches_tracked", *VECTORS})
             if extra:
-                raise SpaceError(f"'{cut.module}' has parameters of its own beside weight and bias: shrink it before")
+                raise SpaceError(f"'{cut.module}' also has '{extra[0]}', which cannot follow: shrink it before")
             _shrink(layer, cut, cut.entries(chosen, self.size))
         for name, attribute, factor in self.counts:
             setattr(model.get_submodule(name), attribute, factor * len(chosen))

@@ -246,6 +246,8 @@ def test_what_cannot_be_pruned_is_refused() -> None:
         transformed(nn.Linear(4, 2), [Prune(keep=0.5), Prune(keep=0.25)])
     space = SearchSpace("toy")
     x = space.input("x", numbers(2, 4))
-    space.output(space.add("a", Op(nn.Linear, out_features=3), x, transforms=[Prune(keep=0.5, structure="channels")]))
-    with pytest.raises(SpaceError, match=r"existing model smaller.*offer heads or widths as a choice"):
-        build(space, {})
+    channels = Prune(keep=0.5, structure=Choice("structure", ["rows", "channels"]))
+    with pytest.raises(SpaceError, match=r"node 'a': Prune: structure 'channels'.*offer heads or widths as a choice"):
+        space.add("a", Op(nn.Linear, out_features=3), x, transforms=[channels])
+    with pytest.raises(SpaceError, match="existing model smaller"):
+        transformed(nn.Linear(4, 2), [Prune(keep=0.5, structure="channels")])
