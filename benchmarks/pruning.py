@@ -1,6 +1,6 @@
 """Searched widths and keep ratios against uniform ones, magnitude against random masks: at equal cost.
 
-NASGRAPH_DATA=... OMP_NUM_THREADS=1 python benchmarks/pruning.py mnist > results/benchmarks/pruning.md
+NASGRAPH_DATA=... OMP_NUM_THREADS=1 python benchmarks/pruning.py digits_images  (or mnist, cifar10)
 
 Per seed one supernet over widths and keep ratios (sandwich rule) scores candidates. NSGA-II and random search get
 equally many of its scores. What they pick within a budget, and the uniform networks of the same budget, are then
