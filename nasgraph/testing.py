@@ -491,7 +491,9 @@ class TransformExam:
             if make in self.transform.kinds:
                 space = SearchSpace(f"exam_{make.__name__}")
                 x = space.input("x", torch.randn(2, *shape[1:], generator=_generator()), {0: "batch"})
-                sizes = {"out_features": 8} if make is nn.Linear else {"out_channels": 8, "kernel_size": 3}
+                sizes: dict[str, Any] = (
+                    {"out_features": 8} if make is nn.Linear else {"out_channels": 8, "kernel_size": 3}
+                )
                 first = space.add("first", Op(make, **sizes), x, transforms=[self.transform])
                 act = space.add("flat", Op(nn.Flatten), space.add("act", Op(nn.ReLU), first))
                 space.output(space.add("head", Op(nn.Linear, out_features=3), act))

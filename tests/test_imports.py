@@ -149,14 +149,14 @@ def test_space_imports_what_lies_above_it_only_when_called() -> None:
 
 
 def test_config_dies_at_the_command_line() -> None:
-    names = ("cli", "search", "run", "workers", "pretraining", "rank", "catalogue", "doctor", "config")
+    names = ("cli", "search", "run", "workers", "pretraining", "rank", "warm_start", "catalogue", "doctor", "config")
     top = {f"nasgraph.{name}" for name in names}
     assert {module for module in EVERYTHING if "nasgraph.config" in own_modules(module)} <= top
 
 
 @pytest.mark.parametrize("module", [module for module in PLUGINS if inside(module, "nasgraph.predictors.zero_cost")])
 def test_a_proxy_sees_a_module_and_a_batch(module: str) -> None:
-    below = ("nasgraph.errors", "nasgraph.tasks.batch", "nasgraph.predictors")
+    below = ("nasgraph.errors", "nasgraph.tasks.batch", "nasgraph.predictors", "nasgraph.transforms")
     assert not [name for name in own_modules(module) if not inside(name, *below)]
 
 

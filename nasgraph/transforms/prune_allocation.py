@@ -44,9 +44,12 @@ def knapsack(values: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]
     one = csr_array((np.ones(sum(sizes)), (np.repeat(np.arange(len(sizes)), sizes), np.arange(sum(sizes)))))
     flat_values = np.concatenate([np.asarray(options, dtype=float) for options in values])
     flat_costs = np.concatenate([np.asarray(options, dtype=float) for options in costs])
+    worth = max(float(np.abs(flat_values).max()), 1e-300)  # the solver stops at gaps of 1e-6
     scale = max(abs(budget), float(np.abs(flat_costs).max()), 1e-300)
     rules = [LinearConstraint(one, 1, 1), LinearConstraint(flat_costs[None] / scale, -np.inf, budget / scale)]
-    done = milp(-flat_values, constraints=rules, integrality=np.ones(len(flat_values)), options={"mip_rel_gap": 0.0})
+    done = milp(
+        -flat_values / worth, constraints=rules, integrality=np.ones(len(flat_values)), options={"mip_rel_gap": 0.0}
+    )
     if done.x is None:
         raise ValueError(f"knapsack: no solution within {budget}: {done.message}")
     chosen = np.flatnonzero(done.x > 0.5)
