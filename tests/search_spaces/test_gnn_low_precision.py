@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -186,3 +188,10 @@ def test_binary_weights_have_one_magnitude() -> None:
     layer = build(space, space.architecture(chosen)).conv1.lin
     assert isinstance(layer, nn.Linear)
     assert torch.allclose(layer.effective_weight().abs(), layer.weight.abs().mean())
+
+
+def test_the_example_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "low_precision_gnn.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(example, {"STEPS": 2})  # noqa: S102
+    assert "32: " in capsys.readouterr().out
