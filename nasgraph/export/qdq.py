@@ -30,7 +30,7 @@ IR_VERSIONS = {21: 10, 25: 13}  # onnx may write a newer one than onnxruntime re
 TOLERANCE = 1e-5
 ACTIVATION_TOLERANCE = 0.05
 
-# Products of quantised weights in floats; by default onnxruntime rounds their other factor to 8 bits.
+# Products of quantised weights in floats; by default onnxruntime rounds their other factor to 8 bits (an error of 1%).
 FLOATS = 'options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")'
 # With quantised activations, products of floats too; its integer kernels round biases to integers.
 NO_INTEGERS = 'options.add_session_config_entry("session.disable_quant_qdq", "1")'
@@ -56,7 +56,7 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     assert isinstance(model, fx.GraphModule)
     proto = plain_onnx.made(replace(outgoing, model=model), opset_version=opset, optimize=False).model_proto
     proto.ir_version = IR_VERSIONS[opset]
-    exchange(proto.graph, deployed, widths)
+    exchanged = exchange(proto.graph, deployed, widths)
     try:
         data = proto.SerializeToString()
     except Exception as error:  # protobuf has several
@@ -66,7 +66,7 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     reload = plain_onnx.RELOAD.replace("    session =", f"{options}    session =")
     reload = reload.replace("INPUTS", repr(list(outgoing.names)))
     tolerance = ACTIVATION_TOLERANCE if rounded else TOLERANCE
-    return Written(folder / FILE, reload, tolerance, detail=_detail(deployed, widths, rounded))
+    return Written(folder / FILE, reload, tolerance, detail=_detail(deployed, widths, exchanged, rounded))
 
 
 def width(weight: StoredWeight) -> int:
@@ -79,32 +79,53 @@ def width(weight: StoredWeight) -> int:
     return next(bits for bits in WIDTHS if bits >= needed)
 
 
-def exchange(graph: Any, deployed: Deployed, widths: dict[str, int]) -> None:
-    """In ``graph``, put codes, scale and ``DequantizeLinear`` in place of each weight. ``widths``: bits by layer."""
+def exchange(graph: Any, deployed: Deployed, widths: dict[str, int]) -> list[str]:
+    """In ``graph``, put codes, scale and ``DequantizeLinear`` in place of each weight. ``widths``: bits by layer.
+
+    A matrix that is only read transposed is stored transposed.
+
+    Returns: the layers whose weight is in the graph under its name.
+    """
     from onnx import helper
 
     floats = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[Any] = []
-    for layer, bits in widths.items():
-        name = f"{layer}.weight"
-        if name not in floats:
-            continue  # the output does not depend on it
+    there = [layer for layer in widths if f"{layer}.weight" in floats]
+    for layer in there:
+        name, bits = f"{layer}.weight", widths[layer]
         graph.initializer.remove(floats[name])
         codes, scale, axis, block = axes(deployed.weights[layer])
-        graph.initializer.append(tensor_of_codes(f"{name}.codes", codes, bits))
-        graph.initializer.append(helper.make_tensor(f"{name}.scale", 1, scale.shape, scale.numpy().tobytes(), raw=True))
         shape = tuple(deployed.model.get_parameter(name).shape)
         flat = codes.shape != shape
+        readers = [node for node in graph.node if name in node.input]
+        turned = len(shape) == 2 and len(readers) > 0 and all(node.op_type == "Transpose" for node in readers)
+        if turned:  # stored as the product reads it, which onnxruntime can do in one operator
+            codes, axis = codes.T.contiguous(), 1 - axis
+            scale = scale.T.contiguous() if block else scale
+        graph.initializer.append(tensor_of_codes(f"{name}.codes", codes, bits))
+        graph.initializer.append(helper.make_tensor(f"{name}.scale", 1, scale.shape, scale.numpy().tobytes(), raw=True))
         made = f"{name}.flat" if flat else name
         settings: dict[str, int] = {"axis": axis} | ({"block_size": block} if block else {})
         nodes.append(helper.make_node("DequantizeLinear", [f"{name}.codes", f"{name}.scale"], [made], **settings))
         if flat:
             graph.initializer.append(helper.make_tensor(f"{name}.shape", 7, [len(shape)], shape))
             nodes.append(helper.make_node("Reshape", [made, f"{name}.shape"], [name]))
+        for node in readers if turned else ():
+            replace_input(graph, node.output[0], name)
+            graph.node.remove(node)
     for node in graph.node:
         node.ClearField("metadata_props")  # what torch had there: names of its own, most of a small file
     for node in reversed(nodes):
         graph.node.insert(0, node)
+    return there
+
+
+def replace_input(graph: Any, old: str, new: str) -> None:
+    """Whatever reads ``old`` reads ``new``."""
+    for node in graph.node:
+        for i, name in enumerate(node.input):
+            if name == old:
+                node.input[i] = new
 
 
 def axes(weight: StoredWeight) -> tuple[Tensor, Tensor, int, int]:
@@ -168,14 +189,16 @@ def with_fixed_activations(model: nn.Module) -> nn.Module:
     return model
 
 
-def _detail(deployed: Deployed, widths: dict[str, int], rounded: Sequence[nn.Module]) -> str:
+def _detail(deployed: Deployed, widths: dict[str, int], exchanged: Sequence[str], rounded: Sequence[nn.Module]) -> str:
     counts: dict[str, int] = {}
-    for name, bits in widths.items():
-        weight = deployed.weights[name]
+    for name in exchanged:
+        weight, bits = deployed.weights[name], widths[name]
         nested = "nested " if weight.offset else ""
         held = "" if bits == weight.bits and not nested else f"{nested}{plural(weight.bits, 'bit')} stored as "
         counts[f"{held}int{bits}"] = counts.get(f"{held}int{bits}", 0) + 1
     parts = [f"{how}: {plural(count, 'weight')}" for how, count in sorted(counts.items())]
+    if len(exchanged) < len(widths):
+        parts.append(f"{plural(len(widths) - len(exchanged), 'weight')} not read, or under another name and as floats")
     if any(weight.kept is not None for weight in deployed.weights.values()):
         parts.append("masks stored as zeros")
     if rounded:
