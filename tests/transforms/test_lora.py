@@ -3,6 +3,9 @@ from __future__ import annotations
 import copy
 import math
 import random
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -281,6 +284,18 @@ def test_ranks_of_a_supernet_are_prefixes_and_extraction_is_bit_equal() -> None:
     assert isinstance(low, Adapter)
     assert torch.equal(low.A, high.A[:2]) and torch.equal(low.B, high.B[:, :2])
     assert (float(low.scale), float(high.scale)) == (8.0, 4.0)
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = Path(__file__).parents[2] / "docs" / "lora.md"
+    (code,) = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code.replace('formats=["peft"]', 'formats=["safetensors"]'), names)  # PEFT: in tests/export
+    assert adapter_params(names["network"]) == 2 * (16 + 32) + 8 * (32 + 32)
+    assert names["supernet"].numel == 8 * (16 + 32) + 8 * (32 + 32) + sum(
+        p.numel() for p in names["model"].parameters()
+    )
 
 
 class Target(nn.Module):
