@@ -20,7 +20,18 @@ from torch import Tensor, nn
 
 from nasgraph.build import Made, node_seed
 from nasgraph.errors import SpaceError
-from nasgraph.space import Architecture, Choice, ConcreteOp, Label, Op, SearchSpace, Switch, _Arithmetic, _choices_in
+from nasgraph.space import (
+    Architecture,
+    Choice,
+    ConcreteOp,
+    Label,
+    Op,
+    SearchSpace,
+    Switch,
+    _Arithmetic,
+    _choices_in,
+    as_op,
+)
 from nasgraph.supernet.variants import _ways
 from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
 from nasgraph.transforms.flow import flow
@@ -188,7 +199,9 @@ def from_module(
         space.input(given, example, (dynamic or {}).get(given)) for given, example in _inputs(model, inputs).items()
     ]
     known: dict[tuple[int, str], Choice] = {}
-    transforms = [Op(type(rule), **{**_named(rule.op().kwargs, where, known), "where": where}) for rule, where in pairs]
+    transforms = [
+        Op(type(rule), **{**_named(as_op(rule).kwargs, where, known), "where": where}) for rule, where in pairs
+    ]
     picked = {} if output is None else {"output": output}
     op = Op(network, label=type(model).__name__, takes=len(sources), model=space.base, transforms=transforms, **picked)
     space.output(space.add(NODE, op, *sources))

@@ -21,7 +21,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Union
 
 from nasgraph.errors import SpaceError, did_you_mean
@@ -745,7 +745,13 @@ def _with_transforms(op: Any, transforms: Sequence[Transform], node: str) -> Any
         each.check_declared(node)
     takes = op.takes if op.takes is not None else _accepts(op.make)
     maker = type(transforms[0]).maker
-    return Op(maker, label=op.label, takes=takes, op=op, transforms=[each.op() for each in transforms])
+    return Op(maker, label=op.label, takes=takes, op=op, transforms=[as_op(each) for each in transforms])
+
+
+def as_op(thing: Any) -> Op:
+    """What makes a dataclass like ``thing``, with only what differs from its defaults: choices in its fields stay."""
+    given = {each.name: getattr(thing, each.name) for each in fields(thing)}
+    return Op(type(thing), **{f.name: given[f.name] for f in fields(thing) if given[f.name] is not f.default})
 
 
 def make_name(make: Callable[..., Any]) -> str:

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
 from torch import nn
 
 from nasgraph.errors import SpaceError, did_you_mean
-from nasgraph.space import Choice, ConcreteOp, Expr, Op, Switch
+from nasgraph.space import ConcreteOp
 from nasgraph.transforms.layers import KINDS, is_pyg_linear, plain_linears, swapped, without_shortcuts
 
 
@@ -91,11 +91,6 @@ class Transform:
     def check_declared(self, node: str) -> None:
         """Called when it is put on ``node`` of a declared space. Raises: SpaceError: it is for existing models only."""
 
-    def op(self) -> Op:
-        """The same as an :class:`~nasgraph.space.Op`, with only what differs from the defaults: its choices stay."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Op(type(self), **{f.name: given[f.name] for f in fields(self) if given[f.name] is not f.default})
-
     def check(self, field: str, holds: Callable[[Any], bool], way_out: str) -> None:
         """Every value that ``field`` may take must meet ``holds``. For ``__post_init__``: refused at declaration.
 
@@ -107,14 +102,14 @@ class Transform:
 
 
 def each_option(value: Any) -> Iterator[Any]:
-    """All plain values that ``value`` may become; arithmetic over choices is not looked into."""
-    if isinstance(value, Choice):
-        for option in value.options:
+    """All plain values that ``value`` may become; arithmetic over choices is not looked into.
+
+    Choices and switches are known by what they have: a file with an exported model need not contain their classes.
+    """
+    if hasattr(value, "declared"):
+        for _, option in value.declared:
             yield from each_option(option)
-    elif isinstance(value, Switch):
-        for case in value.cases.values():
-            yield from each_option(case)
-    elif not isinstance(value, Expr):
+    elif not hasattr(value, "function"):
         yield value
 
 

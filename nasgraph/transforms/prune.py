@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
-from nasgraph.space import Expr
 from nasgraph.transforms.base import Transform, each_option
 from nasgraph.transforms.layers import Transformed, extended, rewritten_layers
 from nasgraph.transforms.structured import group_of, heads_of, prune_to, remove_layers
@@ -68,7 +67,7 @@ class Prune(Transform):
         self.check("scores", lambda scores: scores in SCORES, f"give one of {', '.join(SCORES)}")
         self.check("weights", lambda weights: weights in ("trained", "fixed"), "give trained or fixed")
         self.check("seed", lambda seed: type(seed) is int, "give a whole number")
-        if isinstance(self.structure, Expr) or isinstance(self.scores, Expr):
+        if not isinstance(self.structure, str) or not isinstance(self.scores, str):
             return  # looked at when they are decided
         if ":" in self.structure:
             n, m = _n_of_m(self.structure)

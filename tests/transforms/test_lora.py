@@ -17,7 +17,7 @@ from torch_geometric.nn import GCNConv
 from nasgraph.build import build
 from nasgraph.errors import SpaceError
 from nasgraph.predictors.zero_cost import grad_norm, snip, synflow
-from nasgraph.space import Choice, Op, SearchSpace
+from nasgraph.space import Choice, Op, SearchSpace, as_op
 from nasgraph.supernet import Supernet
 from nasgraph.tasks.batch import Batch
 from nasgraph.training.policies import Uniform
@@ -153,7 +153,7 @@ def test_scales(r: int, extra: int, alpha: float) -> None:
 def test_the_largest_rank_is_fixed_at_declaration_and_the_scale_lies_in_the_file() -> None:
     declared = Lora(rank=Choice("r", [0, 4, 32, 8]), scale="alpha/r_max", alpha=64)
     assert declared.r_max == 32
-    changed = transformed(nn.Linear(4, 4), [Lora(**{**declared.op().kwargs, "rank": 8})])
+    changed = transformed(nn.Linear(4, 4), [Lora(**{**as_op(declared).kwargs, "rank": 8})])
     assert float(changed.state_dict()["beside.lora.scale"]) == 2.0
     assert Lora(rank=4).r_max is None  # no other rule asks for it
 
