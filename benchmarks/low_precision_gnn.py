@@ -217,6 +217,7 @@ class Bench:
 
 def front_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The Pareto front of validation accuracy and bits, the most accurate first."""
+    rows = list({json.dumps(row["arch"], sort_keys=True): row for row in rows}.values())
     keep = pareto_front([[row["val"], row["bits"]] for row in rows], ["maximize", "minimize"])
     return sorted((row for row, kept in zip(rows, keep, strict=True) if kept), key=lambda r: (-r["val"], r["bits"]))
 
@@ -256,6 +257,9 @@ def measure(dataset: str, parts: Sequence[str], trials: int, steps: int, seeds: 
         if name == JOINT:
             best = chosen(finals)
             once("uniform", lambda a=best["arch"]: bench.uniform(a))  # type: ignore[misc]
+        if name == FLOAT:
+            best = chosen(finals)
+            once("uniform of float", lambda a=best["arch"]: bench.uniform(a))  # type: ignore[misc]
     if GATED in parts:
         gated = once(GATED, lambda: dict(bench.differentiable(steps)))
         once(f"{GATED}: retrained", lambda: [bench.judged(gated), bench.judged(formatted(gated, 32, 32))])
@@ -276,7 +280,7 @@ def row_of(name: str, row: dict[str, Any]) -> str:
 
 def report(found: dict[str, Any]) -> None:
     finals = {name: found[f"{name}: retrained"] for name in (JOINT, RANDOM, FLOAT) if f"{name}: retrained" in found}
-    winners, uniform = {name: chosen(rows) for name, rows in finals.items()}, found["uniform"]
+    winners, uniform = {name: chosen(rows) for name, rows in finals.items()}, found.get("uniform", {})
     gated = found.get(f"{GATED}: retrained")
     print(f"\n## {found['dataset']}\n")
     print(f"{found['trials']} trainings a search, {found['seeds']} fresh trainings a row. KiB are packed model bits.\n")
@@ -285,19 +289,23 @@ def report(found: dict[str, Any]) -> None:
         print(row_of(name, row))
     for name, row in uniform.items():
         print(row_of(f"the first row's architecture, {name}", row))
+    for name, row in found.get("uniform of float", {}).items():
+        if name != "float":
+            print(row_of(f"the best float architecture, {name}", row))
     if gated:
         print(row_of(GATED, gated[0]))
         print(row_of("its architecture, float", gated[1]))
     joint = winners[JOINT]
     print()
-    compare("Against its architecture in float", joint, uniform["float"])
+    if uniform:
+        compare("Against its architecture in float", joint, uniform["float"])
     for name in (FLOAT, RANDOM):
         if name in winners:
             compare(f"Against the best of: {name}", joint, winners[name])
     print("\nAll finalists (chosen is the best mean on validation):\n")
     print("| search | KiB | val, % | test, % | architecture |\n|---|---|---|---|---|")
     for name, rows in finals.items():
-        for row in rows:
+        for row in {described(row["arch"]): row for row in rows}.values():
             print(row_of(name, row))
     print(
         "\nSeconds (wall, CPU): " + "; ".join(f"{n} {w:.0f}, {c:.0f}" for n, (w, c) in found["seconds"].items()) + "."
