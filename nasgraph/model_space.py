@@ -294,7 +294,8 @@ def _inputs(model: nn.Module, inputs: Inputs | None) -> dict[str, Tensor]:
     parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     names = [p.name for p in parameters if p.kind is not p.VAR_POSITIONAL and p.kind is not p.VAR_KEYWORD]
     if inputs is None:
-        return {"x": torch.zeros(0)}
+        needed = [p.name for p in parameters if p.default is p.empty and p.name in names]
+        return {given: torch.zeros(0) for given in needed or names[:1] or ["x"]}
     if isinstance(inputs, Mapping):
         if list(inputs) != names[: len(inputs)]:
             raise SpaceError(

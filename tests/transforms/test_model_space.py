@@ -207,3 +207,17 @@ def test_narrowing_keeps_the_model() -> None:
     assert torch.equal(
         build(narrow, narrow.sample(random.Random(0)))(X), build(space, narrow.sample(random.Random(0)))(X)
     )
+
+
+def test_without_examples_a_network_reads_what_forward_needs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 2), nn.Linear(4, 2)
+
+        def forward(self, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+            return (self.first(a) + self.second(b)) * scale
+
+    space = SearchSpace.from_module(Two(), [Adapt("first", rank=Choice("rank", [0, 1]))])
+    assert list(space.inputs) == ["a", "b"]
+    assert build(space, {"rank": 1})(torch.randn(5, 3), torch.randn(5, 4)).shape == (5, 2)
