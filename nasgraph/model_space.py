@@ -27,10 +27,9 @@ from nasgraph.space import (
     Label,
     Op,
     SearchSpace,
-    Switch,
-    _Arithmetic,
     _choices_in,
     as_op,
+    named,
 )
 from nasgraph.supernet.variants import _ways
 from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
@@ -111,7 +110,10 @@ class ModelSpace(SearchSpace):
                     picked |= {name: next(iter(labels)) for name, labels in cube.items()}
                     break
             else:
-                raise SpaceError(f"{each} has no neutral option: the model itself is not in the space")
+                raise SpaceError(
+                    f"{each.label} of '{each.kwargs['where']}' has no neutral option, so the model itself is not in "
+                    "the space: add 32 bits (Quantize), rank 0 (Lora), keep 1.0 (Prune) or rank None (LowRank)"
+                )
         return self.architecture(picked)
 
     def start(self, seed: int) -> dict[tuple[str, str, str], tuple[Tensor, bool]]:
@@ -177,9 +179,7 @@ def from_module(
     name: str | None = None,
 ) -> ModelSpace:
     """See :meth:`nasgraph.space.SearchSpace.from_module`."""
-    if not rules:
-        raise SpaceError("no rule: give at least one transform, such as Lora('*.query', rank=Choice(...))")
-    pairs = [(rule, where) for rule in rules for where in matching(model, rule.where)]
+    pairs = _pairs(model, rules)
     _check(model, pairs)
     frozen: frozenset[str] = frozenset()
     if any(rule.freezes for rule in rules):
@@ -200,7 +200,7 @@ def from_module(
     ]
     known: dict[tuple[int, str], Choice] = {}
     transforms = [
-        Op(type(rule), **{**_named(as_op(rule).kwargs, where, known), "where": where}) for rule, where in pairs
+        Op(type(rule), **{**named(as_op(rule).kwargs, where, known), "where": where}) for rule, where in pairs
     ]
     picked = {} if output is None else {"output": output}
     op = Op(network, label=type(model).__name__, takes=len(sources), model=space.base, transforms=transforms, **picked)
@@ -253,10 +253,38 @@ class Picked(nn.Module):
 # ---- declaring --------------------------------------------------------------------------------------------------
 
 
+def _pairs(model: nn.Module, rules: Sequence[Transform]) -> list[tuple[Transform, str]]:
+    """Each rule with each module that its pattern means."""
+    if not isinstance(model, nn.Module):
+        raise SpaceError(f"from_module needs a model, an nn.Module, not {model!r}")
+    if not isinstance(rules, list | tuple) or not rules:
+        raise SpaceError("the rules are a list of at least one transform, such as [Lora('*.query', rank=Choice(...))]")
+    pairs = []
+    for rule in rules:
+        if not isinstance(rule, Transform):
+            raise SpaceError(f"a rule is a transform, such as Lora('*.query', rank=4), not {rule!r}")
+        if not isinstance(rule.where, str):
+            raise SpaceError(
+                f"{type(rule).__name__}: what comes first is a pattern of module names, not {rule.where!r}"
+            )
+        refused = {}
+        names = matching(model, rule.where, rule.fits)
+        for where in names:
+            try:
+                dataclasses.replace(rule, where="*").targets(model.get_submodule(where))
+            except SpaceError as error:
+                refused[where] = error
+        pairs += [(rule, where) for where in names if where not in refused]
+        if len(refused) == len(names) or (refused and "*" not in rule.where):
+            where, why = next(iter(refused.items()))
+            layers = [name for name, layer in model.named_modules() if name and rule.can_rewrite(layer)]
+            some = f"; in the model there are: {', '.join(layers[:5])}" if layers else ""
+            raise SpaceError(f"the pattern '{rule.where}' fits '{where}', and {why}{some}")
+    return pairs
+
+
 def _check(model: nn.Module, pairs: Sequence[tuple[Transform, str]]) -> None:
-    """Each rule can rewrite what it fits, and no module is rewritten twice by one kind of transform."""
-    for rule, where in pairs:
-        dataclasses.replace(rule, where="*").targets(model.get_submodule(where))
+    """No module is rewritten twice by one kind of transform."""
     for i, (rule, where) in enumerate(pairs):
         for other, there in pairs[:i]:
             outer, inner = sorted((where, there), key=len)
@@ -264,29 +292,6 @@ def _check(model: nn.Module, pairs: Sequence[tuple[Transform, str]]) -> None:
                 raise SpaceError(
                     f"two rules of {type(rule).__name__} fit '{inner}' ('{other.where}' and '{rule.where}'): narrow one"
                 )
-
-
-def _named(thing: Any, where: str, known: dict[tuple[int, str], Choice]) -> Any:
-    """``thing`` with ``{name}`` in the names of its choices replaced by ``where``."""
-    if isinstance(thing, Choice):
-        name = thing.name.replace("{name}", where)
-        if name == thing.name:
-            return thing
-        key = (id(thing), where)
-        if key not in known:
-            options: dict[Any, Any] = {label: _named(option, where, known) for label, option in thing.declared}
-            known[key] = Choice(name, options, ordered=thing.ordered)
-        return known[key]
-    if isinstance(thing, Switch):
-        cases = {label: _named(case, where, known) for label, case in thing.declared}
-        return Switch(_named(thing.choice, where, known), cases)
-    if isinstance(thing, _Arithmetic):
-        return _Arithmetic(thing.function, _named(thing.left, where, known), _named(thing.right, where, known))
-    if isinstance(thing, dict):
-        return {key: _named(item, where, known) for key, item in thing.items()}
-    if isinstance(thing, list | tuple):
-        return type(thing)(_named(item, where, known) for item in thing)
-    return thing
 
 
 def _inputs(model: nn.Module, inputs: Inputs | None) -> dict[str, Tensor]:

@@ -369,8 +369,16 @@ class SearchSpace:
         """
         if not sources:
             raise SpaceError(f"node '{name}' reads nothing: name at least one source")
+        if not isinstance(transforms, list | tuple):
+            raise SpaceError(f"node '{name}': transforms are a list such as [Quantize(weight_bits=4)]")
         if transforms:
-            op = _with_transforms(op, transforms, name)
+            for each in transforms:
+                if isinstance(each, type) or not hasattr(each, "check_declared"):
+                    says = f"transforms are a list such as [Quantize(weight_bits=4)], and {each!r} is none"
+                    raise SpaceError(f"node '{name}': {says}")
+                each.check_declared(name)
+            made = named([as_op(each) for each in transforms], name, {})
+            op = _with_transforms(op, type(transforms[0]).maker, made, name)
         for operation in self._options(op, Op, f"node '{name}': the operation"):
             self._register(operation.kwargs, f"node '{name}'")
         for source in sources:
@@ -733,25 +741,50 @@ class SearchSpace:
         return f"SearchSpace({self.name!r}, {len(self._ops)} nodes, {len(self.choices)} choices)"
 
 
-def _with_transforms(op: Any, transforms: Sequence[Transform], node: str) -> Any:
+def _with_transforms(op: Any, maker: Callable[..., Any], transforms: list[Op], node: str) -> Any:
     """``op``, or each operation that it may become, with ``transforms`` around it; by the same decisions as before."""
     if isinstance(op, Choice):
-        return Switch(op, {label: _with_transforms(option, transforms, node) for label, option in op.declared})
+        return Switch(op, {label: _with_transforms(option, maker, transforms, node) for label, option in op.declared})
     if isinstance(op, Switch):
-        return Switch(op.choice, {label: _with_transforms(case, transforms, node) for label, case in op.declared})
+        cases = {label: _with_transforms(case, maker, transforms, node) for label, case in op.declared}
+        return Switch(op.choice, cases)
     if not isinstance(op, Op) or op.is_call:
         raise SpaceError(f"node '{node}': transforms rewrite operations with parameters, not {op!r}")
-    for each in transforms:
-        each.check_declared(node)
     takes = op.takes if op.takes is not None else _accepts(op.make)
-    maker = type(transforms[0]).maker
-    return Op(maker, label=op.label, takes=takes, op=op, transforms=[as_op(each) for each in transforms])
+    return Op(maker, label=op.label, takes=takes, op=op, transforms=transforms)
 
 
 def as_op(thing: Any) -> Op:
     """What makes a dataclass like ``thing``, with only what differs from its defaults: choices in its fields stay."""
     given = {each.name: getattr(thing, each.name) for each in fields(thing)}
     return Op(type(thing), **{f.name: given[f.name] for f in fields(thing) if given[f.name] is not f.default})
+
+
+def named(thing: Any, name: str, known: dict[tuple[int, str], Choice]) -> Any:
+    """``thing`` with ``{name}`` in the names of its choices replaced by ``name``; ``known`` keeps the new choices."""
+    if isinstance(thing, Choice):
+        given = thing.name.replace("{name}", name)
+        if given == thing.name:
+            return thing
+        if (id(thing), name) not in known:
+            options: dict[Any, Any] = {label: named(option, name, known) for label, option in thing.declared}
+            known[id(thing), name] = Choice(given, options, ordered=thing.ordered)
+        return known[id(thing), name]
+    if isinstance(thing, Switch):
+        cases = {label: named(case, name, known) for label, case in thing.declared}
+        return Switch(named(thing.choice, name, known), cases)
+    if isinstance(thing, _Arithmetic):
+        return _Arithmetic(thing.function, named(thing.left, name, known), named(thing.right, name, known))
+    if isinstance(thing, Op):
+        kwargs = named(thing.kwargs, name, known)
+        return (
+            thing if kwargs == thing.kwargs else type(thing)(thing.make, label=thing.label, takes=thing.takes, **kwargs)
+        )
+    if isinstance(thing, dict):
+        return {key: named(item, name, known) for key, item in thing.items()}
+    if isinstance(thing, list | tuple):
+        return type(thing)(named(item, name, known) for item in thing)
+    return thing
 
 
 def make_name(make: Callable[..., Any]) -> str:

@@ -73,6 +73,10 @@ class Transform:
             raise SpaceError(self._nothing(module))
         return found
 
+    def fits(self, module: nn.Module) -> bool:
+        """Whether a pattern that fits ``module`` means it, and not one that holds it."""
+        return self.can_rewrite(module)
+
     def can_rewrite(self, layer: nn.Module) -> bool:
         """Whether ``layer`` itself, not one below it, is of a kind that this transform rewrites."""
         kind = nn.Linear if is_pyg_linear(layer) else type(layer)
@@ -180,16 +184,19 @@ def compiled(pattern: str) -> re.Pattern[str]:
         raise SpaceError(f"the pattern '{pattern}' cannot be read: {error}") from None
 
 
-def matching(model: nn.Module, pattern: str) -> list[str]:
+def matching(model: nn.Module, pattern: str, fits: Callable[[nn.Module], bool] | None = None) -> list[str]:
     """Names of the modules of ``model`` that ``pattern`` itself fits, without those below them.
+
+    With ``*`` in it, modules for which ``fits`` holds come before containers: it names each layer, not the blocks.
 
     Raises: SpaceError: none; lists the nearest names.
     """
     expression = compiled(pattern)
+    named = [(name, module) for name, module in model.named_modules() if name and expression.fullmatch(name)]
     found: list[str] = []
-    for name, _ in model.named_modules():
-        below = any(name.startswith(f"{above}.") for above in found if above)
-        if name and not below and expression.fullmatch(name):
+    layers = [(name, module) for name, module in named if fits is not None and "*" in pattern and fits(module)]
+    for name, _ in layers or named:
+        if not any(name.startswith(f"{above}.") for above in found):
             found.append(name)
     if not found:
         names = [name for name, _ in model.named_modules() if name]

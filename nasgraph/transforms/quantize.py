@@ -106,6 +106,11 @@ class Quantize(Transform):
         weights_stay = self.weight_bits in FLOAT
         return super().can_rewrite(layer) and not (weights_stay and isinstance(layer, nn.Embedding))
 
+    def fits(self, module: nn.Module) -> bool:
+        """See :class:`Transform`. What aggregates is a whole convolution."""
+        aggregates = any(bits not in FLOAT for bits in each_option(self.aggregation_bits))
+        return super().fits(module) or (aggregates and any(module is each for _, each in message_passing(module)))
+
     def apply(self, module: nn.Module) -> nn.Module:
         """See :class:`Transform`. Aggregation is a matter of a whole convolution: its class changes, in place."""
         if not (self.weight_bits in FLOAT and self.activation_bits in FLOAT):

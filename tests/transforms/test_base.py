@@ -89,6 +89,20 @@ def test_a_subnet_equals_its_extraction_and_a_slice_has_the_gradient_of_the_netw
             assert int((grad != 0).sum()) <= own.numel()
 
 
+def test_the_template_in_a_choices_name_stands_for_the_node() -> None:
+    space = SearchSpace("toy")
+    h = space.input("x", torch.randn(2, 3))
+    rule, conv = Scale(power=Choice("power.{name}", [0, 1])), Op(nn.Linear, out_features=3)
+    for name in ("first", "second"):
+        options = Choice(f"op.{name}", {"a": conv, "b": Op(nn.Linear, out_features=3, bias=False)})
+        h = space.add(name, options, h, transforms=[rule])
+    space.output(h)
+    assert set(space.choices) == {"op.first", "op.second", "power.first", "power.second"}
+    for wrong in (Scale, Scale(power=1), [Scale]):
+        with pytest.raises(SpaceError, match="transforms are a list such as"):
+            space.add("third", conv, h, transforms=wrong)  # type: ignore[arg-type]
+
+
 def test_patterns() -> None:
     assert matches("*", "a.b") and matches("*", "")
     assert matches("a", "a.b.c") and not matches("a", "ab.c")  # at or below
@@ -103,6 +117,7 @@ def test_a_pattern_without_a_match_lists_the_nearest_names() -> None:
     model.add_module("encoder", nn.ModuleDict({"query": nn.Linear(2, 2), "value": nn.Linear(2, 2)}))
     assert matching(model, "encoder.*") == ["encoder.query", "encoder.value"]
     assert matching(model, "*") == ["encoder"]  # what lies below belongs to it
+    assert matching(model, "*", Scale().can_rewrite) == ["encoder.query", "encoder.value"]  # unless layers are meant
     with pytest.raises(SpaceError, match="encoder.query"):
         matching(model, "encoder.qery")
 

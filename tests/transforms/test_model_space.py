@@ -171,9 +171,13 @@ def test_edges_are_data_flow_where_the_model_can_be_traced(branch: str, how: str
 @pytest.mark.parametrize(
     ("rules", "options", "says"),
     [
-        ([], {}, "no rule"),
+        ([], {}, "list of at least one transform"),
+        (RULES[0], {}, "list of at least one transform"),
+        ([Scale], {}, "a rule is a transform"),
+        ([Scale(Choice("power", [0, 1]))], {}, "what comes first is a pattern"),
         ([Adapt("*.qery", rank=1)], {}, r"fits no module of Net. Did you mean"),
-        ([Adapt("*.norm", rank=1)], {}, r"Adapt cannot rewrite LayerNorm.*Linear"),
+        ([Adapt("*.norm", rank=1)], {}, r"fits 'blocks.0.norm', and Adapt cannot rewrite LayerNorm.*blocks.0.query"),
+        ([Adapt("blocks.0.(query|norm)", rank=1)], {}, r"fits 'blocks.0.norm'"),
         ([Adapt("*.query", rank=1), Adapt("blocks", rank=1)], {}, "two rules of Adapt fit"),
         ([RULES[1]], {"train": ["classifier"]}, "no rule freezes"),
         ([RULES[0]], {"inputs": torch.randn(2, 7)}, "cannot read the inputs"),
@@ -189,6 +193,16 @@ def test_a_transform_without_a_neutral_option_has_no_baseline() -> None:
     space = SearchSpace.from_module(a_model(), [Scale("*.query", power=Choice("power", [1, 2]))])
     with pytest.raises(SpaceError, match="no neutral option"):
         space.baseline()
+
+
+def test_any_name_means_each_layer_that_can_be_rewritten() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Sequential(nn.Conv2d(2, 2, 3), nn.ReLU())
+    )
+    assert SearchSpace.from_module(model, [Scale(power=Choice("{name}", [0, 1]))]).names == ("0", "3.0")
+    blocks = SearchSpace.from_module(a_model(), [Scale("blocks.*", power=Choice("{name}", [0, 1]))])
+    assert blocks.names == ("blocks.0.query", "blocks.0.value", "blocks.1.query", "blocks.1.value")
+    assert SearchSpace.from_module(a_model(), [Scale("blocks", power=Choice("{name}", [0, 1]))]).names == ("blocks",)
 
 
 def test_keys_tell_networks_apart_and_neutral_settings_do_not_count() -> None:
