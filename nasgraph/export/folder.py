@@ -60,7 +60,7 @@ def export_model(
 
     Args:
         model: what ``nasgraph.build.build(space, architecture)`` made, trained or not, on any device.
-        folder: is made; nothing in it is replaced before everything is written.
+        folder: is made; nothing in it is replaced before everything is written. Results have absolute paths.
         formats: names of exporters, or ``module:function`` of your own.
         inputs: for the check; default: the space's examples. With dynamic axes a second size is checked too.
         metrics: measured numbers, for the model card.
@@ -82,12 +82,14 @@ def export_many(requests: Sequence[Request], time_limit: float = parity.TIME_LIM
 
     Raises: as :func:`export_model`.
     """
+    # The process that loads the files has a working directory of its own.
+    requests = [replace(request, folder=Path(request.folder).absolute()) for request in requests]
     exporters = {name: registry.resolve("exporters", name) for request in requests for name in request.formats}
     places: list[Path] = []
     try:
         drafts = []
         for request in requests:
-            places.append(_place_beside(Path(request.folder)))
+            places.append(_place_beside(request.folder))
             drafts.append(_draft(request, places[-1], exporters))
         questions = [question for draft in drafts for question in draft.questions.values()]
         answers = iter(parity.ask(questions, time_limit * max(1, len(requests))))
@@ -99,7 +101,7 @@ def export_many(requests: Sequence[Request], time_limit: float = parity.TIME_LIM
                 else item
                 for item in draft.exported
             ]
-            results.append(_finish(draft.outgoing, place, Path(request.folder), checked))
+            results.append(_finish(draft.outgoing, place, request.folder, checked))
         return results
     finally:
         for place in places:

@@ -295,6 +295,20 @@ def test_the_callers_model_stays_as_it_was_and_bytes_repeat(tmp_path: Path) -> N
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
+def test_a_relative_folder_is_checked_in_a_process_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nasgraph.transforms import Quantize
+
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    space = SearchSpace.from_module(model, [Quantize("(0|2)", weight_bits=3)], inputs=torch.randn(2, 8))
+    results = export_model(
+        build(space, {}), "o3", space=space, architecture={}, formats=["onnx-qdq", "packed", "safetensors"]
+    )
+    assert [(item.status, item.detail) for item in results if item.status != "ok"] == []
+    assert all(item.path is not None and item.path.parent == tmp_path / "o3" for item in results)
+    verify("o3")
+
+
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:
     space = rows()
     arch = space.architecture({})
