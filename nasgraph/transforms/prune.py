@@ -117,6 +117,10 @@ class Prune(Transform):
         prune_to(model, group, name, self.keep, self.scores, self.seed)
         return model
 
+    def fits(self, module: nn.Module) -> bool:
+        """See the base."""
+        return self.structure not in ("heads", "layers") and super().fits(module)
+
     def targets(self, module: nn.Module) -> list[nn.Module]:
         """See the base; heads and layers are of other modules than single layers."""
         return [module] if self.structure in ("heads", "layers") else super().targets(module)

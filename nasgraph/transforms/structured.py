@@ -8,6 +8,7 @@ reason. So do the model's inputs and outputs.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,35 +61,45 @@ def groups(model: nn.Module, inputs: Sequence[Tensor] | None = None) -> dict[str
 
     Layers that are tied to each other have one and the same group.
 
-    Args: inputs: if given, the model is run once and each value's shape is checked against what was followed.
+    Args: inputs: if given, the model is run once and each value's shape is checked against what was followed. Without
+        them a mean over axis 1 after a linear layer makes channels fixed: it may be over positions, or over channels.
 
     Raises: SpaceError: the model cannot be traced.
     """
     return _traced(model, inputs).groups()
 
 
-def group_of(model: nn.Module, name: str, follow: str | None = None) -> Group:
+def group_of(
+    model: nn.Module,
+    name: str,
+    follow: str | None = None,
+    inputs: Sequence[Tensor] | None = None,
+    checked: bool = False,
+) -> Group:
     """The group of the output channels of the layer ``name``.
 
     If ``model`` as a whole cannot be traced, the modules around the layer are tried from the inside out. ``follow``
     names the layer that reads this one's output, for a model where that fails too: the caller vouches that between
-    the two each channel is treated alone. It is looked for in the modules around the layer: ``output.dense`` of
-    ``layer.0.intermediate.dense`` is ``layer.0.output.dense``.
+    the two each channel is treated alone, and that nothing else reads it. It is looked for in the modules around the
+    layer: ``output.dense`` of ``layer.0.intermediate.dense`` is ``layer.0.output.dense``.
 
-    Raises: SpaceError: the channels are fixed, or nothing around the layer can be traced; says why.
+    Args:
+        inputs: examples, as in :func:`groups`. If ``follow`` is needed, the model is run on them without one channel.
+        checked: the group was found before with ``inputs``, which then need not be given again.
+
+    Raises: SpaceError: the channels are fixed, nothing around the layer can be traced, or ``follow`` is wrong; why.
     """
     layer = model.get_submodule(name)
     if not isinstance(layer, LAYERS):
         kinds = ", ".join(kind.__name__ for kind in LAYERS)
         raise SpaceError(f"'{name}' is a {type(layer).__name__}; channels are removed from {kinds}")
-    if follow is not None:
-        return _followed(model, name, follow)
+    told = None if follow is None else _followed(model, name, follow)
     parts = name.split(".")
     reason = ""
     for depth in [0, *range(len(parts) - 1, 0, -1)]:
         scope = ".".join(parts[:depth])
         try:
-            found = _traced(model.get_submodule(scope), None)
+            found = _traced(model.get_submodule(scope), inputs if depth == 0 else None, checked)
         except SpaceError as error:
             reason = reason or str(error)
             continue
@@ -99,12 +110,36 @@ def group_of(model: nn.Module, name: str, follow: str | None = None) -> Group:
             if shared:
                 raise SpaceError(f"channels of '{name}' are fixed: '{shared}' shares its weight")
             cuts = tuple(Cut(f"{scope}.{c.module}" if scope else c.module, c.end, c.inner, c.outer) for c in group.cuts)
+            if told is not None and told.cuts[1].module not in {cut.module for cut in cuts if cut.end == "in"}:
+                raise SpaceError(f"'{told.cuts[1].module}' does not read the channels of '{name}': leave out `follow`")
             return Group(group.size, cuts, group.exact)
         if depth == 0:
             raise SpaceError(f"channels of '{name}' are fixed: {found.why(below)}")
-    raise SpaceError(
-        f"what reads '{name}' is not known, {reason}: name it by `follow`, if each channel is treated alone in between"
-    )
+    if told is None:
+        raise SpaceError(
+            f"what reads '{name}' is not known, {reason}: "
+            "name it by `follow`, if each channel is treated alone in between"
+        )
+    if inputs is not None:
+        _run_without_one(model, told, inputs)
+    return told
+
+
+def _run_without_one(model: nn.Module, group: Group, inputs: Sequence[Tensor]) -> None:
+    """Raises: SpaceError: ``model`` without the last channel of ``group`` cannot read ``inputs``."""
+    if group.size == 1:
+        return
+    smaller = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    group.keep(smaller, range(group.size - 1))
+    try:
+        with torch.no_grad():
+            smaller.eval()(*inputs)
+    except Exception as error:
+        name, reader = (cut.module for cut in group.cuts)
+        text = str(error).split("\n")[0]
+        raise SpaceError(
+            f"more than '{reader}' depends on the channels of '{name}': without one of them the model fails ({text})"
+        ) from error
 
 
 def heads_of(model: nn.Module, name: str) -> Group:
@@ -252,7 +287,7 @@ class _Tracer(fx.Tracer):
         return isinstance(m, LAYERS) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _traced(model: nn.Module, inputs: Sequence[Tensor] | None) -> _Channels:
+def _traced(model: nn.Module, inputs: Sequence[Tensor] | None, checked: bool = False) -> _Channels:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:
@@ -263,14 +298,14 @@ def _traced(model: nn.Module, inputs: Sequence[Tensor] | None) -> _Channels:
         with torch.no_grad():
             ShapeProp(fx.GraphModule(model, graph).eval()).propagate(*inputs)
         model.train(was)
-    return _Channels(model, graph)
+    return _Channels(model, graph, checked)
 
 
 class _Channels:
     """Which channels of a traced model are one and the same: a union of keys ``(layer, end)``."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, graph: fx.Graph, checked: bool) -> None:
+        self.model, self.checked = model, checked
         self.above: dict[tuple[str, str], tuple[str, str]] = {}
         self.sizes: dict[tuple[str, str], int | None] = {}
         self.fixed: dict[tuple[str, str], str] = {}  # with the reason
@@ -463,7 +498,13 @@ class _Channels:
                 return value
             return _Value(value.key, -1)
         if value.axis == -1 and list(axes) == [1] and not value.flat:
-            return value
+            shape = getattr(node.all_input_nodes[0].meta.get("tensor_meta"), "shape", None)
+            if shape is None and not self.checked:
+                return self._stop(
+                    [value], f"'{node.name}' takes the mean over axis 1, of positions or of channels: give inputs"
+                )
+            if shape is None or len(shape) > 2:
+                return value
         return self._stop([value], f"'{node.name}' takes the mean over channels")
 
     def _check_shape(self, node: fx.Node, value: _Value | None) -> None:

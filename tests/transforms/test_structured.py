@@ -187,6 +187,75 @@ def test_following_by_name_where_nothing_can_be_traced(refuses: bool) -> None:
         group_of(model, "intermediate.dense", follow="out")
 
 
+class Gated(nn.Module):
+    """The feed-forward part of Llama, in a model that cannot be traced."""
+
+    def __init__(self, refuses: bool) -> None:
+        super().__init__()
+        self.refuses = refuses
+        self.up, self.gate, self.down = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.refuses and x.sum() > 1e9:
+            return x
+        out: Tensor = self.down(F.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+class Around(nn.Module):
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x if x.sum() > 1e9 else self.mlp(x)
+        return out
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_wrong_follow_is_noticed(refuses: bool) -> None:
+    torch.manual_seed(0)
+    mlp = Gated(refuses)
+    outer, x = Around(mlp), numbers(2, 4)
+    if refuses:
+        with pytest.raises(SpaceError, match="more than 'mlp.down' depends on the channels of 'mlp.up'"):
+            group_of(outer, "mlp.up", "down", (x,))
+        assert mlp.up.out_features == 6
+    else:  # what can be traced is, and the gate is found
+        group = group_of(outer, "mlp.up", "down", (x,))
+        assert {cut.module for cut in group.cuts} == {"mlp.up", "mlp.gate", "mlp.down"}
+        small = copy.deepcopy(mlp)
+        group_of(small, "up", "down").keep(small, [0, 2, 5])
+        assert small(x).shape == (2, 4)
+
+
+class Centred(nn.Module):
+    """Subtracts the mean over axis 1: of channels for 2-D inputs, of positions for 3-D ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        out: Tensor = self.b(h - h.mean(1, keepdim=True))
+        return out
+
+
+def test_a_mean_over_axis_1_is_followed_if_inputs_show_that_it_is_of_positions() -> None:
+    torch.manual_seed(0)
+    model = Centred()
+    assert "a" not in groups(model)
+    with pytest.raises(SpaceError, match="channels of 'a' are fixed: .*of positions or of channels: give inputs"):
+        group_of(model, "a")
+    for x in (numbers(3, 4), numbers(8, 4)):  # as many rows as channels
+        assert "a" not in groups(model, (x,))
+    x = numbers(3, 5, 4)
+    group, small = groups(model, (x,))["a"], copy.deepcopy(model)
+    group.keep(small, [0, 3])
+    torch.testing.assert_close(small(x), masked(model, group, [0, 3], x), rtol=0, atol=1e-6)
+
+
 class Loop(nn.Module):
     """A model that cannot be traced around blocks that can."""
 
