@@ -31,7 +31,7 @@ def gnn_joint(
     Args:
         keeps: ascending shares in (0, 1]. ranks: ascending, 0: no correction.
         features, classes, layers, widths, operators, weight_bits, activation_bits: as there; what a layer has
-            aggregated has the bits of its input.
+            aggregated has 8 bits or is float.
 
     Shapes: x ``(nodes, features)``, edge_index ``(2, edges)`` -> logits ``(nodes, classes)``.
     Size: 31,178,525,184,000 architectures with the defaults.

@@ -1,9 +1,27 @@
-"""Bit-widths, adapter ranks, masks and factor ranks as choices, on any operation and any model."""
+"""Bit-widths, adapter ranks, masks and factor ranks as choices, on any operation and any model.
+
+``base.py`` has what a transform is, ``layers.py`` the places that a rewritten layer has. What decides how much of each:
+``bit_allocation``, ``rank_allocation``, ``prune_allocation``, ``low_rank_training``, ``starts``; ``gpfq`` quantises a
+trained model, ``structured`` follows who depends on a channel, ``deploy`` makes rewritten layers plain again.
+"""
 
 from nasgraph.transforms.base import Transform, transformed
-from nasgraph.transforms.lora import Lora
-from nasgraph.transforms.low_rank import LowRank
-from nasgraph.transforms.prune import Prune
-from nasgraph.transforms.quantize import Quantize
+from nasgraph.transforms.lora import Lora, merge
+from nasgraph.transforms.low_rank import LowRank, record_inputs
+from nasgraph.transforms.prune import Prune, kept_weights, recycle
+from nasgraph.transforms.quantize import Quantize, freeze_ranges, start_steps
 
-__all__ = ["Lora", "LowRank", "Prune", "Quantize", "Transform", "transformed"]
+__all__ = [
+    "Lora",
+    "LowRank",
+    "Prune",
+    "Quantize",
+    "Transform",
+    "freeze_ranges",
+    "kept_weights",
+    "merge",
+    "record_inputs",
+    "recycle",
+    "start_steps",
+    "transformed",
+]

@@ -10,7 +10,7 @@ With the columns ``X_t`` of the layer's input in the float model and ``Y_t`` in 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nasgraph.errors import ConfigError
+from nasgraph.errors import ConfigError, did_you_mean
 from nasgraph.transforms.base import matches
 from nasgraph.transforms.layers import Transformed, extended, plain_linears
 from nasgraph.transforms.quantizers import SMALLEST, WeightQuantizer, code_range
@@ -115,7 +115,7 @@ def columns(layer: nn.Module, x: Tensor) -> list[Tensor]:
 def quantize_model(
     model: nn.Module,
     batches: Batches,
-    bits: int,
+    bits: int | Mapping[str, int],
     *,
     method: str = "gpfq",
     per: str = "tensor",
@@ -129,7 +129,8 @@ def quantize_model(
 
     Args:
         batches: inputs of calls, ``model(*inputs)``; the model runs in evaluation mode. No labels are needed.
-        bits: 2 (three levels) to 8.
+        bits: 2 (three levels) to 8; or by the names of layers, as :func:`nasgraph.transforms.bit_allocation.allocate`
+            gives them: a layer that is not named, or has 16 or 32 bits, stays as it is.
         method: ``"gpfq"``, or ``"rtn"``, round to nearest on the same levels.
         per: one step for a whole ``"tensor"`` or for each ``"channel"``.
         step: ``"paper"`` (:func:`paper_step`) or ``"nearest"`` (:func:`nearest_step`).
@@ -140,16 +141,26 @@ def quantize_model(
     for name, value, known in (("method", method, METHODS), ("step", step, STEPS), ("per", per, ("tensor", "channel"))):
         if value not in known:
             raise ConfigError(f"quantize_model: {name} is {value!r}: give {' or '.join(known)}")
-    if bits not in range(2, 9):
-        raise ConfigError(f"quantize_model: bits is {bits!r}: give 2 to 8")
+    named = bits if isinstance(bits, Mapping) else {}
+    for width in named.values() if isinstance(bits, Mapping) else [bits]:
+        if width not in range(2, 9) and not (named and width in (16, 32)):
+            raise ConfigError(f"quantize_model: bits is {width!r}: give 2 to 8")
     exact = plain_linears(copy.deepcopy(model)).eval()
     rounded = copy.deepcopy(exact)
-    for name in executed(exact, batches, where):
+    layers = executed(exact, batches, where)
+    for name in named:
+        if name not in layers:
+            near = did_you_mean(name, layers)
+            raise ConfigError(f"quantize_model: no layer that runs is called '{name}'.{near}")
+    for name in layers:
+        width = named.get(name, 32) if isinstance(bits, Mapping) else bits
+        if width > 8:
+            continue
         layer = rounded.get_submodule(name)
         groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
         rows = layer.weight.detach().double().flatten(1)  # type: ignore[operator]
-        scale = STEPS[step](rows, bits, per)
-        low, high = code_range(bits)
+        scale = STEPS[step](rows, width, per)
+        low, high = code_range(width)
         if method == "rtn":
             codes = nearest(rows, scale, low, high)
         else:
@@ -157,7 +168,7 @@ def quantize_model(
             scales = scale.expand(len(rows), 1).chunk(groups)
             parts = zip(rows.chunk(groups), products, scales, strict=True)
             codes = torch.cat([gpfq(part, cross, own, its, low, high) for part, (cross, own), its in parts])
-        fix(layer, codes, scale, bits, per)
+        fix(layer, codes, scale, width, per)
     return rounded.train(model.training)
 
 

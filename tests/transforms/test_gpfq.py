@@ -163,3 +163,16 @@ def test_wrong_settings() -> None:
     quantised = transformed(model, [Quantize(weight_bits=4)])
     with pytest.raises(ConfigError, match="weight of '0' is already rewritten"):
         quantize_model(quantised, batches, 4)
+
+
+def test_bits_may_be_given_by_layer() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    batches = [(normal(32, 6),)]
+    mixed = quantize_model(model, batches, {"0": 4, "2": 32, "4": 2})
+    uniform = quantize_model(model, batches, 4)
+    assert torch.equal(mixed[0].weight, uniform[0].weight)  # the first layer sees the same inputs
+    assert torch.equal(mixed[2].weight, model[2].weight)
+    assert len(mixed[4].weight.unique()) <= 3
+    for wrong, says in (({"1": 4}, "no layer that runs is called '1'"), ({"0": 9}, "bits is 9"), (1, "bits is 1")):
+        with pytest.raises(ConfigError, match=says):
+            quantize_model(model, batches, wrong)  # type: ignore[arg-type]
