@@ -34,6 +34,7 @@ from nasgraph.space import (
 from nasgraph.supernet.variants import _ways
 from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
 from nasgraph.transforms.flow import flow
+from nasgraph.transforms.layers import plain_linears
 
 if TYPE_CHECKING:
     import networkx
@@ -57,6 +58,7 @@ class Base:
     ) -> None:
         self.model, self.frozen, self.output, self.made = model, frozen, output, made
         self.result: tuple[tuple[int, ...], torch.dtype] | None = None  # of the network, on the example
+        self._removed: dict[str, frozenset[str]] = {}  # modules, by the transform that removes them
         digest = hashlib.sha256()
         for name, tensor in model.state_dict().items():
             digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}/{name in frozen}".encode())
@@ -68,6 +70,15 @@ class Base:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Base:
         return self
+
+    def left(self, transforms: Sequence[ConcreteOp]) -> list[ConcreteOp]:
+        """Those of ``transforms`` whose module no other one removes."""
+        gone: set[str] = set()
+        for each in transforms:
+            if each.signature not in self._removed:
+                self._removed[each.signature] = each.make(**each.kwargs).removed(self.model)
+            gone |= self._removed[each.signature]
+        return [each for each in transforms if not any(f"{each.kwargs['where']}.".startswith(f"{n}.") for n in gone)]
 
     def copy(self, share: bool = False) -> nn.Module:
         """The model with parameters of its own, but for those that are frozen. ``share``: with none of its own."""
@@ -207,6 +218,7 @@ def from_module(
     space.output(space.add(NODE, op, *sources))
     if inputs is not None:
         space.base.result = _result(space)
+    _check_tied(space, [each.make(**each.kwargs) for each in transforms])
     return space
 
 
@@ -219,7 +231,8 @@ def network(
 
 
 def _simplified(op: ConcreteOp) -> ConcreteOp:
-    return dataclasses.replace(op, kwargs={**op.kwargs, "transforms": active(op.kwargs["transforms"])})
+    kept = op.kwargs["model"].left(active(op.kwargs["transforms"]))
+    return dataclasses.replace(op, kwargs={**op.kwargs, "transforms": kept})
 
 
 def _shape(op: ConcreteOp) -> tuple[tuple[int, ...], torch.dtype] | None:
@@ -288,10 +301,29 @@ def _check(model: nn.Module, pairs: Sequence[tuple[Transform, str]]) -> None:
     for i, (rule, where) in enumerate(pairs):
         for other, there in pairs[:i]:
             outer, inner = sorted((where, there), key=len)
-            if type(rule) is type(other) and f"{inner}.".startswith(f"{outer}."):
+            removing = where != there and (rule.removes or other.removes)
+            if type(rule) is type(other) and f"{inner}.".startswith(f"{outer}.") and not removing:
                 raise SpaceError(
                     f"two rules of {type(rule).__name__} fit '{inner}' ('{other.where}' and '{rule.where}'): narrow one"
                 )
+
+
+def _check_tied(space: ModelSpace, transforms: Sequence[Transform]) -> None:
+    """Modules that become smaller together do so by the same settings."""
+    model = plain_linears(space.base.copy(share=True))
+    inputs = tuple(declared.example for declared in space.inputs.values()) if space.base.result else None
+    tied = [each.tied(model, inputs) for each in transforms]
+    for i, each in enumerate(transforms):
+        for j, other in enumerate(transforms[:i]):
+            if other.where not in tied[i] or each.where not in tied[j]:
+                continue
+            for field in dataclasses.fields(each):
+                first, second = getattr(other, field.name), getattr(each, field.name)
+                if field.name not in ("where", "follow") and repr(first) != repr(second):
+                    raise SpaceError(
+                        f"'{other.where}' and '{each.where}' are tied: give both the same {field.name}, or use one "
+                        "choice for both, Choice('k', ...) without {name}"
+                    )
 
 
 def _inputs(model: nn.Module, inputs: Inputs | None) -> dict[str, Tensor]:

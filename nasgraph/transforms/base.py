@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError, did_you_mean
 from nasgraph.space import ConcreteOp
@@ -60,6 +60,24 @@ class Transform:
     def sizes_only(self) -> bool:
         """Whether it makes layers of an existing model smaller and adds nothing; such are applied before their like."""
         return False
+
+    @property
+    def removes(self) -> bool:
+        """Whether it removes whole modules of an existing model; such are applied before all others."""
+        return False
+
+    def removed(self, model: nn.Module) -> frozenset[str]:
+        """Names of the modules of ``model`` that it removes."""
+        return frozenset()
+
+    def tied(self, model: nn.Module, inputs: Sequence[Tensor] | None) -> frozenset[str]:
+        """Called when it is declared over ``model``: names of the modules that become smaller with its own.
+
+        Transforms of this kind on any of them must have the same settings.
+
+        Raises: SpaceError: the module cannot become smaller.
+        """
+        return frozenset()
 
     def apply_to_model(self, model: nn.Module, name: str) -> nn.Module:
         """``model`` with the module called ``name`` rewritten, and whatever elsewhere must follow."""
@@ -132,20 +150,32 @@ def transformed(op: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
 
 
 def rewritten(model: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
-    """``model`` rewritten in place by ``transforms``, whose ``where`` is the full name of a module each."""
+    """``model`` rewritten in place by ``transforms``, whose ``where`` is the full name of a module each.
+
+    Those of modules that another one removes are left out.
+    """
     active_ = in_order(transforms)
     if active_:
         model = plain_linears(model)
+    left = before = {name for name, _ in model.named_modules()}
     for transform in active_:
+        if transform.where in before - left:
+            continue
         model = transform.apply_to_model(model, transform.where)
+        if transform.removes:
+            left = {name for name, _ in model.named_modules()}
     return without_shortcuts(model)
 
 
 def in_order(transforms: Sequence[Transform]) -> list[Transform]:
     """Those that change anything, in the order in which they are applied."""
-    return sorted(
-        (each for each in transforms if not each.neutral()), key=lambda each: (each.order, not each.sizes_only)
-    )
+
+    def place(each: Transform) -> tuple[float, ...]:
+        if each.removes:  # the outer ones first, so that all are chosen in the model as it was
+            return -1, each.where.count(".")
+        return each.order, not each.sizes_only
+
+    return sorted((each for each in transforms if not each.neutral()), key=place)
 
 
 def simplified(op: ConcreteOp) -> ConcreteOp:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from nasgraph.errors import SpaceError
 from nasgraph.transforms.base import Transform, each_option
 from nasgraph.transforms.layers import Transformed, extended, rewritten_layers
-from nasgraph.transforms.structured import group_of, heads_of, prune_to, remove_layers
+from nasgraph.transforms.structured import group_of, heads_of, layers_that_stay, prune_to, remove_layers
 
 MASKS = ("unstructured", "rows")  # and n:m
 SMALLER = ("channels", "heads", "layers")
@@ -106,6 +107,26 @@ class Prune(Transform):
             if each in SMALLER:
                 raise SpaceError(f"node '{node}': {_declared(each)}")
 
+    @property
+    def removes(self) -> bool:
+        """See the base: whole layers, whatever is chosen."""
+        return all(each == "layers" for each in each_option(self.structure))
+
+    def removed(self, model: nn.Module) -> frozenset[str]:
+        """See the base."""
+        if not self.removes or self.neutral():
+            return frozenset()
+        stays = layers_that_stay(model, self.where, self.keep, self.scores, self.seed)
+        layers = model.get_submodule(self.where).named_children()
+        return frozenset(f"{self.where}.{name}" for name, _ in layers if name not in stays)
+
+    def tied(self, model: nn.Module, inputs: Sequence[Tensor] | None) -> frozenset[str]:
+        """See the base: the layers that make the same channels."""
+        if "channels" not in each_option(self.structure):
+            return frozenset()
+        group = group_of(model, self.where, self.follow, inputs)
+        return frozenset(cut.module for cut in group.cuts if cut.end != "in")
+
     def apply_to_model(self, model: nn.Module, name: str) -> nn.Module:
         """See the base; channels, heads and layers are removed from the model, and what depends on them follows."""
         if self.structure not in SMALLER:
@@ -113,7 +134,8 @@ class Prune(Transform):
         if self.structure == "layers":
             remove_layers(model, name, self.keep, self.scores, self.seed)
             return model
-        group = heads_of(model, name) if self.structure == "heads" else group_of(model, name, self.follow)
+        # a space has looked at the group, with inputs, when it was declared
+        group = heads_of(model, name) if self.structure == "heads" else group_of(model, name, self.follow, checked=True)
         prune_to(model, group, name, self.keep, self.scores, self.seed)
         return model
 

@@ -179,6 +179,16 @@ def remove_layers(model: nn.Module, name: str, keep: float, how: str = "magnitud
     Raises: SpaceError: not such a list, or an empty one.
     """
     layers = model.get_submodule(name)
+    stays = layers_that_stay(model, name, keep, how, seed)
+    for each in list(layers._modules):
+        if each not in stays:
+            del layers._modules[each]
+    return stays
+
+
+def layers_that_stay(model: nn.Module, name: str, keep: float, how: str = "magnitude", seed: int = 0) -> list[str]:
+    """What :func:`remove_layers` would leave. Raises: SpaceError: ``name`` is not such a list, or an empty one."""
+    layers = model.get_submodule(name)
     if not isinstance(layers, nn.ModuleList | nn.Sequential) or len(layers) == 0:
         raise SpaceError(f"'{name}' is a {type(layers).__name__}; layers are removed from a ModuleList or Sequential")
     group = Group(len(layers), ())
@@ -188,11 +198,7 @@ def remove_layers(model: nn.Module, name: str, keep: float, how: str = "magnitud
     else:
         importance = group.importance(model, how, seed)
     names = list(layers._modules)
-    stays = [names[i] for i in group.best(importance, max(1, round(keep * len(names)))).tolist()]
-    for each in names:
-        if each not in stays:
-            del layers._modules[each]
-    return stays
+    return [names[i] for i in group.best(importance, max(1, round(keep * len(names)))).tolist()]
 
 
 def prune_to(model: nn.Module, group: Group, name: str, keep: float, how: str, seed: int = 0) -> None:

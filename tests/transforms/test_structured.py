@@ -14,7 +14,9 @@ from nasgraph.errors import SpaceError
 from nasgraph.search_spaces.transformer import SelfAttention
 from nasgraph.space import Architecture, Choice, SearchSpace
 from nasgraph.supernet import Supernet
+from nasgraph.transforms.low_rank import LowRank
 from nasgraph.transforms.prune import Prune
+from nasgraph.transforms.quantize import Quantize
 from nasgraph.transforms.shrink import Group
 from nasgraph.transforms.structured import group_of, groups, heads_of
 
@@ -484,3 +486,104 @@ def test_a_space_over_bert_whose_heads_units_and_layers_go() -> None:
     layers = Prune("bert.encoder.layer", structure="layers", keep=Choice("depth", [0.5, 1.0]))
     shallow = SearchSpace.from_module(model, [layers]).model({"depth": 0.5}).eval()
     assert shallow(tokens).logits.shape == (2, 2) and len(shallow.get_submodule("bert.encoder.layer")) == 1
+
+
+def test_a_mean_over_positions_in_a_space_needs_its_inputs() -> None:
+    rules = [Prune("a", structure="channels", keep=Choice("k", [0.5, 1.0]))]
+    with pytest.raises(SpaceError, match="of positions or of channels: give inputs"):
+        SearchSpace.from_module(Centred(), rules)
+    with pytest.raises(SpaceError, match="takes the mean over channels"):
+        SearchSpace.from_module(Centred(), rules, inputs=numbers(3, 4))
+    x = numbers(3, 5, 4)
+    assert SearchSpace.from_module(Centred(), rules, inputs=x).model({"k": 0.5})(x).shape == (3, 5, 2)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.o = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        out: Tensor = self.o(h + torch.relu(self.b(h)))
+        return out
+
+
+def test_tied_layers_have_one_ratio() -> None:
+    keeps = [0.25, 0.5, 1.0]
+    with pytest.raises(SpaceError, match=r"'a' and 'b' are tied: give both the same keep, .*without \{name\}"):
+        SearchSpace.from_module(Tied(), [Prune("(a|b)", structure="channels", keep=Choice("k.{name}", keeps))])
+    with pytest.raises(SpaceError, match="'a' and 'b' are tied: give both the same scores"):
+        SearchSpace.from_module(
+            Tied(),
+            [Prune("a", structure="channels", keep=0.5), Prune("b", structure="channels", keep=0.5, scores="first")],
+        )
+    space = SearchSpace.from_module(Tied(), [Prune("(a|b)", structure="channels", keep=Choice("k", keeps))])
+    assert [space.model({"k": keep}).get_submodule("b").out_features for keep in keeps] == [2, 4, 8]
+    masks = [Prune("a", structure="channels", keep=Choice("k", keeps)), Prune("b", keep=Choice("m", keeps))]
+    assert SearchSpace.from_module(Tied(), masks).size() == 9  # a mask of b is another matter
+
+
+def test_rules_within_layers_that_are_removed() -> None:
+    torch.manual_seed(0)
+    model, x = Loop(), numbers(3, 4)
+    model.blocks[1][0].weight.data *= 0.01
+    model.blocks[1][2].weight.data *= 0.01
+    rules = [
+        LowRank("blocks.*.2", rank=Choice("rank.{name}", [None, 2])),
+        Quantize("blocks.*.2", weight_bits=Choice("bits.{name}", [4, 32])),
+        Prune("blocks.*.0", structure="channels", keep=Choice("keep.{name}", [0.5, 1.0])),
+        Prune("blocks", structure="layers", keep=Choice("depth", [0.75, 1.0])),
+    ]
+    space = SearchSpace.from_module(model, rules, inputs=x)
+    supernet = Supernet(space)
+    most = {name: choice.labels[0] for name, choice in space.choices.items()}
+    for depth in (0.75, 1.0):
+        picked = most | {"depth": depth}
+        small: Any = build(space, picked).eval().get_submodule("model")
+        assert torch.equal(supernet.extract(picked).eval()(x), supernet.subnet(picked).eval()(x))
+        names = ["0", "1", "2", "3"] if depth == 1.0 else ["0", "2", "3"]  # by the norms of the model as it was
+        assert [name for name, _ in small.blocks.named_children()] == names
+        h = x
+        for name in names:
+            assert small.blocks.get_submodule(name)[0].out_features == 4
+            h = h + small.blocks.get_submodule(name)(h)
+        assert torch.equal(small(x), h)
+
+    def key(**changed: Any) -> str:
+        return space.key(most | changed)
+
+    for name, other in {"bits.blocks.1.2": 32, "keep.blocks.1.0": 1.0, "rank.blocks.1.2": 2}.items():
+        assert key(**{name: other}) == key()  # nothing is left to be quantised
+        assert key(**{name: other, "depth": 1.0}) != key(depth=1.0)
+        assert key(**{name.replace("blocks.1", "blocks.2"): other}) != key()
+
+
+def test_lists_of_layers_in_a_list_of_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)))
+    model[0][1].weight.data *= 100  # counts for stage 0, though this layer goes
+    rules = [
+        Prune("stages.(0|1|2)", structure="layers", keep=Choice("depth", [0.5, 1.0]), scores="first"),
+        Prune("stages", structure="layers", keep=Choice("stages", [0.7, 1.0])),
+    ]
+    space = SearchSpace.from_module(nn.ModuleDict({"stages": model}), rules)
+    stages = space.model({"depth": 0.5, "stages": 0.7}).get_submodule("stages")
+    names = [name for name, _ in stages.named_children()]
+    assert len(names) == 2 and names[0] == "0" and all(len(stages.get_submodule(name)) == 1 for name in names)
+
+
+def test_bert_with_fewer_layers_and_rules_in_them() -> None:
+    model, tokens = bert(), torch.arange(12).view(2, 6)
+    rules = [
+        Prune("bert.encoder.layer", structure="layers", keep=Choice("depth", [0.5, 1.0])),
+        Prune("*.attention.self", structure="heads", keep=Choice("heads.{name}", [0.5, 1.0])),
+        Quantize("*.intermediate.dense", weight_bits=Choice("bits.{name}", [4, 32])),
+    ]
+    space = SearchSpace.from_module(model, rules, inputs={"input_ids": tokens}, output="logits")
+    supernet = Supernet(space)
+    most = {name: choice.labels[0] for name, choice in space.choices.items()}
+    assert torch.equal(supernet.extract(most).eval()(tokens), supernet.subnet(most).eval()(tokens))
+    (layer,) = space.model(most).get_submodule("bert.encoder.layer").children()
+    assert layer.attention.self.num_attention_heads == 2
+    assert list(layer.intermediate.dense.on_weight) == ["quantize"]
