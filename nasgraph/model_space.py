@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from nasgraph.build import Made, node_seed
 from nasgraph.errors import SpaceError
+from nasgraph.held import hold
 from nasgraph.space import (
     Architecture,
     Choice,
@@ -51,18 +53,25 @@ class Base:
     Args:
         output: attribute, key or index of what the model returns that is the network's output; None: all of it.
         made: how to make the same model anew, for exported code.
+        held: names of BatchNorm layers that keep their running statistics, in training too.
     """
 
     def __init__(
-        self, model: nn.Module, frozen: frozenset[str], output: str | int | None, made: Made | None = None
+        self,
+        model: nn.Module,
+        frozen: frozenset[str],
+        output: str | int | None,
+        made: Made | None = None,
+        held: Sequence[str] = (),
     ) -> None:
-        self.model, self.frozen, self.output, self.made = model, frozen, output, made
+        self.model, self.frozen, self.output, self.made, self.held = model, frozen, output, made, tuple(held)
         self.result: tuple[tuple[int, ...], torch.dtype] | None = None  # of the network, on the example
         self._removed: dict[str, frozenset[str]] = {}  # modules, by the transform that removes them
         digest = hashlib.sha256()
         for name, tensor in model.state_dict().items():
             digest.update(f"{name}/{tuple(tensor.shape)}/{tensor.dtype}/{name in frozen}".encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update("".join(f"{name} held;" for name in self.held).encode())
         self._name = f"{type(model).__qualname__}#{digest.hexdigest()[:16]}"
 
     def __repr__(self) -> str:
@@ -90,9 +99,12 @@ class Base:
                 numbers.clone() if own else numbers, requires_grad=parameter.requires_grad and name not in self.frozen
             )
         try:
-            return copy.deepcopy(self.model, memo)
+            copied = copy.deepcopy(self.model, memo)
         except Exception as error:
             raise SpaceError(f"{type(self.model).__name__} cannot be copied: {error}") from error
+        for name in self.held:
+            hold(copied.get_submodule(name))
+        return copied
 
 
 class ModelSpace(SearchSpace):
@@ -193,6 +205,7 @@ def from_module(
     pairs = _pairs(model, rules)
     _check(model, pairs)
     frozen: frozenset[str] = frozenset()
+    held: list[str] = []
     if any(rule.freezes for rule in rules):
         trained = [where for pattern in train for where in matching(model, pattern)]
         frozen = frozenset(
@@ -200,11 +213,17 @@ def from_module(
             for parameter, _ in model.named_parameters()
             if not any(parameter.startswith(f"{where}.") for where in trained)
         )
+        held = [
+            layer
+            for layer, module in model.named_modules()
+            if isinstance(module, _NormBase) and module.track_running_stats
+            if not any(f"{layer}.".startswith(f"{where}.") for where in trained)
+        ]
     elif train:
         raise SpaceError("train names what is not frozen, and no rule freezes the model: leave it out")
     made = None if make is None else Made(make.make, make.kwargs)
     space = ModelSpace(name or type(model).__name__)
-    space.base = Base(model, frozen, output, made)
+    space.base = Base(model, frozen, output, made, held)
     space.names = tuple(dict.fromkeys(where for _, where in pairs))
     sources = [
         space.input(given, example, (dynamic or {}).get(given)) for given, example in _inputs(model, inputs).items()

@@ -22,6 +22,7 @@ from nasgraph.errors import ExportError
 from nasgraph.export import code
 from nasgraph.export.base import Outgoing, Written
 from nasgraph.export.weights import shared_tensors
+from nasgraph.held import kind
 from nasgraph.model_space import Picked
 from nasgraph.transforms.deploy import Deployed, StoredWeight, deploy
 from nasgraph.transforms.layers import plain_linears
@@ -228,7 +229,7 @@ def _plain(made: Made) -> Made | None:
 
 def _outline(module: nn.Module) -> list[Any]:
     shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()]
-    return [[(name, type(each)) for name, each in module.named_modules()], shapes]
+    return [[(name, kind(each)) for name, each in module.named_modules()], shapes]
 
 
 def _detail(deployed: Deployed) -> str:

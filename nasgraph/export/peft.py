@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import ExportError
@@ -33,21 +34,17 @@ def load(path):
         pass
 
     root = Parts()
-    for name, (kind, sizes) in LAYERS.items():
-        above = root
-        *parents, last = name.split(".")
-        for parent in parents:
-            if not hasattr(above, parent):
-                above.add_module(parent, Parts())
-            above = getattr(above, parent)
-        if kind is None:
-            layer = Parts()
-            for own, shape in sizes.items():
-                setattr(layer, own, nn.Parameter(torch.zeros(shape)))
-        else:
+    for name in MODULES:
+        above, _, last = name.rpartition(".")
+        layer = Parts()
+        if name in ADAPTED:
+            kind, sizes = ADAPTED[name]
             layer = getattr(nn, kind)(*sizes, **({} if kind == "Embedding" else {"bias": False}))
             nn.init.zeros_(layer.weight)
-        above.add_module(last, layer)
+        root.get_submodule(above).add_module(last, layer)
+    for name, (shape, dtype) in SAVED.items():
+        above, _, last = name.rpartition(".")
+        root.get_submodule(above).register_buffer(last, torch.zeros(shape, dtype=getattr(torch, dtype)))
     merged = PeftModel.from_pretrained(root, str(Path(path).parent)).merge_and_unload()
     return {name.replace(".", "/"): tensor for name, tensor in merged.state_dict().items()}
 """
@@ -58,35 +55,36 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
 
     Ranks differ, so each adapter has its entry in ``rank_pattern``, and in ``alpha_pattern`` ``scale * rank``: PEFT
     divides by the rank again. Layers of rank 0 are left out. Modules of the model that were trained are in
-    ``modules_to_save``. Names are those in the model that the space was put over, matched from end to end.
+    ``modules_to_save``. Names are those in the model that the space was put over, matched from end to end, but for
+    ``modules_to_save``: PEFT takes every module whose name ends so, and each of them is saved.
 
     The check is PEFT's own loading, in another process: what it adds to each weight, within 1e-6.
 
     Raises: ExportError: the space is not over a model of the user's, nothing was adapted, or what PEFT cannot hold.
+        A buffer of the model that training changed is among that: the user's own model does not have it.
     """
     from safetensors.torch import save_file
 
     if importlib.util.find_spec("peft") is None:
         raise ExportError("the format peft is checked with the package peft: pip install 'nasgraph[peft]'")
     found, trained = _adapters(outgoing), _trained(outgoing)
-    inside = [name for name in found if any(f"{name}.".startswith(f"{module}.") for module in trained)]
-    if inside:
-        raise ExportError(f"peft: '{inside[0]}' is trained itself and has an adapter; PEFT does only one of these")
+    saved = _saved(outgoing, found, trained)
+    _check_buffers(outgoing, saved)
     config = _config(found, trained)
-    tensors = {f"base_model.model.{name}": tensor for name, tensor in _tensors(found).items()}
-    for module, own in trained.items():
-        tensors |= {f"base_model.model.{module}.{name}": tensor for name, tensor in own.items()}
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in (_tensors(found) | saved).items()}
     place = folder / FOLDER
     place.mkdir()
     save_file({name: t.detach().clone().contiguous() for name, t in tensors.items()}, place / WEIGHTS, {"format": "pt"})
     (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    layers: dict[str, tuple[str | None, Any]] = {name: _layer(adapter) for name, adapter in found.items()}
-    layers |= {module: (None, {name: tuple(t.shape) for name, t in own.items()}) for module, own in trained.items()}
-    expected = _Tensors({f"{name}.weight": adapter.delta() for name, adapter in found.items()})
-    for module, own in trained.items():
-        expected.add({f"{module}.{name}": tensor for name, tensor in own.items()})
-    reload = RELOAD.replace("LAYERS", repr(layers))
-    detail = f"{len(found)} adapters for {type(_space(outgoing).base.model).__name__}, which is not in the folder"
+    expected = _Tensors({f"{name}.weight": adapter.delta() for name, adapter in found.items()} | saved)
+    skeleton = {
+        "MODULES": [name for name in _names(outgoing) if name],
+        "ADAPTED": {name: _layer(adapter) for name, adapter in found.items()},
+        "SAVED": {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in saved.items()},
+    }
+    reload = "".join(f"{name} = {value!r}\n" for name, value in skeleton.items()) + RELOAD
+    count = f"{len(found)} adapter{'' if len(found) == 1 else 's'}"
+    detail = f"{count} for {type(_space(outgoing).base.model).__name__}, which is not in the folder"
     return Written(place / WEIGHTS, reload, 1e-6, beside=(CONFIG,), detail=detail, expected=expected)
 
 
@@ -118,25 +116,62 @@ def _adapters(outgoing: Outgoing) -> dict[str, Adapter]:
     return found
 
 
-def _trained(outgoing: Outgoing) -> dict[str, dict[str, Tensor]]:
-    """Modules of the user's model that were trained: their parameters."""
-    space = _space(outgoing)
-    prefix = _prefix(space)
-    own: dict[str, dict[str, Tensor]] = {}
-    for name, _ in space.base.model.named_parameters():
-        if name not in space.base.frozen:
-            module, _, last = name.rpartition(".")
+def _trained(outgoing: Outgoing) -> list[str]:
+    """Modules of the user's model that were trained, none inside another."""
+    base = _space(outgoing).base
+    trained: dict[str, None] = {}
+    for name, _ in base.model.named_parameters():
+        if name not in base.frozen:
+            module = name.rpartition(".")[0]
             if not module:
                 raise ExportError(f"peft: the parameter '{name}' was trained, and PEFT saves whole modules only")
-            own.setdefault(module, {})[last] = outgoing.model.get_parameter(prefix + name)
-    return own
+            trained[module] = None
+    return [name for name in trained if not any(name.startswith(f"{other}.") for other in trained)]
+
+
+def _names(outgoing: Outgoing) -> list[str]:
+    return [name for name, _ in _space(outgoing).base.model.named_modules(remove_duplicate=False)]
+
+
+def _saved(outgoing: Outgoing, found: dict[str, Adapter], trained: list[str]) -> dict[str, Tensor]:
+    """What PEFT loads for ``modules_to_save``: the state of each module whose name ends as one that was trained."""
+    prefix = _prefix(_space(outgoing))
+    meant = {name: other for name in _names(outgoing) for other in trained if name.endswith(other)}
+    saved: dict[str, Tensor] = {}
+    for name, other in meant.items():
+        what = f"'{name}' is trained itself" if name in trained else f"'{name}' ends as '{other}', which is trained,"
+        for inside in (each for each in found if f"{each}.".startswith(f"{name}.")):
+            where = "has an adapter" if inside == name else f"there is an adapter in it, on '{inside}'"
+            raise ExportError(f"peft: {what} and {where}; PEFT does only one of these: {_way_out(name, trained)}")
+        for outer in (each for each in meant if name.startswith(f"{each}.")):
+            raise ExportError(f"peft: {what} and is inside '{outer}', which PEFT saves too: rename one of them")
+        state = outgoing.model.get_submodule(prefix + name).state_dict()
+        saved |= {f"{name}.{entry}": tensor for entry, tensor in state.items()}
+    return saved
+
+
+def _way_out(name: str, trained: list[str]) -> str:
+    return "leave one out" if name in trained else "rename one of them in your model"
+
+
+def _check_buffers(outgoing: Outgoing, saved: dict[str, Tensor]) -> None:
+    """The user's model has the buffers of this one, but for what is saved."""
+    space = _space(outgoing)
+    own = {name: buffer.cpu() for name, buffer in space.base.model.named_buffers() if buffer.is_floating_point()}
+    for name, buffer in own.items():
+        if name not in saved and not torch.equal(outgoing.model.get_buffer(_prefix(space) + name), buffer):
+            layer, _, last = name.rpartition(".")
+            raise ExportError(
+                f"peft: '{last}' of the layer '{layer}' is not that of your model, and PEFT holds adapters only: name "
+                "the layer in from_module(train=[...]), or take the format safetensors"
+            )
 
 
 def _prefix(space: ModelSpace) -> str:
     return f"{NODE}." if space.base.output is None else f"{NODE}.model."
 
 
-def _config(found: dict[str, Adapter], trained: dict[str, Any]) -> dict[str, Any]:
+def _config(found: dict[str, Adapter], trained: list[str]) -> dict[str, Any]:
     first = next(iter(found.values()))
     dropouts = {adapter.dropout for adapter in found.values()}
     return {
@@ -153,7 +188,7 @@ def _config(found: dict[str, Adapter], trained: dict[str, Any]) -> dict[str, Any
         "target_modules": "|".join(re.escape(name) for name in found),  # a text is matched from end to end
         "rank_pattern": {_exactly(name): adapter.rank for name, adapter in found.items()},
         "alpha_pattern": {_exactly(name): float(adapter.scale) * adapter.rank for name, adapter in found.items()},
-        "modules_to_save": list(trained) or None,
+        "modules_to_save": trained or None,
     }
 
 
@@ -191,8 +226,5 @@ class _Tensors(nn.Module):
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         super().__init__()
-        self.add(tensors)
-
-    def add(self, tensors: dict[str, Tensor]) -> None:
         for name, tensor in tensors.items():
             self.register_buffer(name.replace(".", "/"), tensor.detach().clone().contiguous())

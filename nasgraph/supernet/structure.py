@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nasgraph.held import Held
 from nasgraph.space import Graph, Step
 from nasgraph.supernet.slicing import Computed, Cut
 
@@ -155,8 +156,8 @@ def without_numbers(module: nn.Module) -> None:
 
 
 def tracks(module: nn.Module) -> bool:
-    """Whether ``module`` is BatchNorm with running statistics."""
-    return isinstance(module, _BatchNorm) and module.track_running_stats
+    """Whether ``module`` is BatchNorm with running statistics, and they move."""
+    return isinstance(module, _BatchNorm) and module.track_running_stats and not isinstance(module, Held)
 
 
 @dataclass(frozen=True, eq=False)

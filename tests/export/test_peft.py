@@ -84,6 +84,50 @@ CASES |= {  # names that end alike
 }
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.head = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.up(x)).relu())
+        return out
+
+
+class Alike(nn.Module):
+    """``head``, ``b.head`` and ``overhead`` end alike; ``norm`` and ``b.norm`` have running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.overhead = Block(), nn.Linear(8, 8)
+        self.norm, self.head = nn.BatchNorm1d(8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.norm(self.overhead(self.b(x))))
+        return out
+
+
+ROWS = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+
+
+def alike(train: tuple[str, ...] = (), where: str = "b.up") -> SearchSpace:
+    return SearchSpace.from_module(seeded(Alike), [Lora(where, rank=2)], inputs=ROWS, train=train)
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """After a few steps, on inputs with other means and variances than the running statistics."""
+    stirred(model).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(3 * ROWS + 2).square().mean().backward()
+        optimizer.step()
+    return model.eval()
+
+
+ALIKE: dict[str, tuple[str, ...]] = {"norms": (), "heads": ("head",), "norm and head": ("b.norm", "head")}
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, nn.Module, Exported]]:
     """All that is exported here, checked by one child process: importing PEFT takes seconds."""
@@ -93,6 +137,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         ranks = CASES[name][2] if name in CASES else dict(zip(space.choices, [0, 2, 8, 4], strict=True))
         model = stirred(build(space, ranks)).eval()
         requests.append(Request(model, tmp_path_factory.mktemp("m") / str(i), space, ranks, formats=["peft"]))
+    for name, train in ALIKE.items():
+        spaces[name] = alike(train)
+        folder = tmp_path_factory.mktemp("m") / "alike"
+        requests.append(Request(trained(build(spaces[name], {})), folder, spaces[name], {}, formats=["peft"]))
     results = export_many(requests)
     return {
         name: (request.folder / "peft", request.model, result)
@@ -109,7 +157,7 @@ def test_peft_loads_the_folder_with_equal_logits(
     ranks = {name.removeprefix("rank."): rank for name, rank in choices.items() if rank}
     assert result.status == "ok", result.detail
     assert result.path == folder / "adapter_model.safetensors"
-    assert f"{len(ranks)} adapters for Net, which is not in the folder" in result.detail
+    assert f"{len(ranks)} adapter{'s' * (len(ranks) > 1)} for Net, which is not in the folder" in result.detail
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["rank_pattern"] == {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
     factors = {f"^{re.escape(name)}": SCALES[scale](rank) for name, rank in ranks.items()}
@@ -120,6 +168,32 @@ def test_peft_loads_the_folder_with_equal_logits(
     loaded = peft.PeftModel.from_pretrained(seeded(Net), str(folder)).eval()
     torch.testing.assert_close(loaded(TOKENS), adapted(TOKENS), rtol=1e-6, atol=1e-6)
     assert not torch.allclose(loaded(TOKENS), seeded(Net)(TOKENS), atol=1e-2)
+
+
+@pytest.mark.parametrize("case", list(ALIKE))
+def test_peft_loads_models_with_batch_norm_and_names_that_end_alike(
+    case: str, exported: dict[str, tuple[Path, nn.Module, Exported]]
+) -> None:
+    folder, adapted, result = exported[case]
+    assert result.status == "ok", result.detail
+    loaded = peft.PeftModel.from_pretrained(seeded(Alike), str(folder)).eval()
+    torch.testing.assert_close(loaded(ROWS), adapted(ROWS), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(loaded(ROWS), seeded(Alike)(ROWS), atol=1e-2)
+    moved = {name.removeprefix("model.") for name, b in adapted.named_buffers() if name.endswith("mean") and b.any()}
+    assert moved == ({"b.norm.running_mean"} if "b.norm" in ALIKE[case] else set())
+
+
+def test_a_buffer_that_the_users_model_lacks_is_refused(tmp_path: Path) -> None:
+    space = alike()
+    model = build(space, {})
+    model.get_buffer("model.b.norm.running_mean").add_(1)
+    (result,) = export_model(model, tmp_path, space=space, architecture={}, formats=["peft"])
+    assert result.status == "failed" and "'running_mean' of the layer 'b.norm' is not that of your" in result.detail
+
+
+def test_a_module_that_peft_would_save_too_has_no_adapter(tmp_path: Path) -> None:
+    detail = refusal(tmp_path, alike(("head",), "b.head"), {})
+    assert "'b.head' ends as 'head', which is trained, and has an adapter" in detail and "rename" in detail
 
 
 def refusal(tmp_path: Path, space: SearchSpace, architecture: dict[str, Any]) -> str:
