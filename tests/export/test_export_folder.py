@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -307,6 +309,17 @@ def test_a_relative_folder_is_checked_in_a_process_elsewhere(tmp_path: Path, mon
     assert [(item.status, item.detail) for item in results if item.status != "ok"] == []
     assert all(item.path is not None and item.path.parent == tmp_path / "o3" for item in results)
     verify("o3")
+
+
+def test_the_example_of_the_page_exports_every_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "export.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[0]
+    monkeypatch.chdir(tmp_path)
+    task = SimpleNamespace(inputs=(torch.randn(4, 3, 8, 8),))
+    names: dict[str, Any] = {"space": images(), "architecture": {}, "task": task}
+    exec(code, names)
+    assert [(item.format, item.status) for item in names["results"]] == [(name, "ok") for name in FORMATS]
+    assert (tmp_path / "models" / "best" / "parity.json").is_file()
 
 
 def test_a_second_export_replaces_the_first(tmp_path: Path) -> None:

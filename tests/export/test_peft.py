@@ -218,6 +218,17 @@ def test_what_peft_cannot_hold_is_refused(tmp_path: Path) -> None:
     assert "take the formats code or safetensors" in refusal(tmp_path, declared, {})
 
 
+def test_the_example_of_the_page_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "lora.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert [(item.status, item.path) for item in names["results"]] == [
+        ("ok", tmp_path / "adapted" / "peft" / "adapter_model.safetensors")
+    ]
+
+
 # ---- a Hugging Face model -------------------------------------------------------------------------------------------
 
 
