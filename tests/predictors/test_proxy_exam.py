@@ -114,7 +114,8 @@ def test_every_proxy_scores_what_the_engine_builds() -> None:
     for exam in EXAMS:
         first, second = (exam.proxy(model, batch) for model in models)
         assert first == exam.proxy(build(space, space.architecture({"kind": "gcn"})), batch)
-        assert first != second or exam is TestFlops  # attention's products are not matrix products
+        # attention's products are not matrix products; the last two look at what transforms did, here nothing
+        assert first != second or exam in (TestFlops, TestSqnr, TestOutputSqnr)
 
 
 @pytest.mark.parametrize("flaw", ["mutates", "labels", "blind"])
