@@ -850,6 +850,13 @@ def _choices_in(thing: Any) -> Iterator[Choice]:
         yield from _choices_in(part)
 
 
+def _ops_in(thing: Any) -> Iterator[Op]:
+    if isinstance(thing, Op):
+        yield thing
+    for part in _parts(thing):
+        yield from _ops_in(part)
+
+
 def _switches_in(thing: Any) -> Iterator[Switch]:
     if isinstance(thing, Switch):
         yield thing

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 
 from nasgraph.build import build, node_seed
 from nasgraph.errors import ConfigError, SpaceError, did_you_mean
-from nasgraph.space import Architecture, Choice, Label, Op, SearchSpace, _choices_in, _parts
+from nasgraph.space import Architecture, Choice, Label, Op, SearchSpace, _choices_in, _ops_in
 from nasgraph.supernet.variants import _ways
 from nasgraph.tasks.batch import Batch
 from nasgraph.transforms.base import Transform, transformed
@@ -61,7 +61,7 @@ def transform_ops(space: SearchSpace) -> list[Op]:
     """The transforms declared in ``space``, with their choices open."""
     found: dict[int, Op] = {}
     for node in space._ops.values():
-        for op in _ops(node):
+        for op in _ops_in(node):
             if isinstance(op.make, type) and issubclass(op.make, Transform):
                 found[id(op)] = op
     return list(found.values())
@@ -70,13 +70,6 @@ def transform_ops(space: SearchSpace) -> list[Op]:
 def transform_choices(space: SearchSpace) -> list[str]:
     """Names of the choices that are settings of transforms."""
     return list(dict.fromkeys(choice.name for op in transform_ops(space) for choice in _choices_in(op)))
-
-
-def _ops(thing: object) -> Iterator[Op]:
-    if isinstance(thing, Op):
-        yield thing
-    for part in _parts(thing):
-        yield from _ops(part)
 
 
 def reference(space: SearchSpace, given: Mapping[str, Label] | None = None) -> Architecture:

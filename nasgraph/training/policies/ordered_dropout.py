@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from nasgraph.errors import ConfigError, SpaceError
-from nasgraph.space import TRIES, Architecture, Choice, Label, Op, SearchSpace, _parts
+from nasgraph.space import TRIES, Architecture, Choice, Label, SearchSpace, _ops_in
 from nasgraph.training.policies.base import Policy
 from nasgraph.training.policies.sizes import check_labels
 from nasgraph.transforms.low_rank import LowRank
@@ -72,17 +71,10 @@ def rank_choices(space: SearchSpace) -> list[Choice]:
     found = {
         op.kwargs["rank"].name: space.choices[op.kwargs["rank"].name]
         for node in space._ops.values()
-        for op in _ops(node)
+        for op in _ops_in(node)
         if op.make is LowRank and isinstance(op.kwargs.get("rank"), Choice)
     }
     return list(found.values())
-
-
-def _ops(thing: Any) -> Iterator[Op]:
-    if isinstance(thing, Op):
-        yield thing
-    for part in _parts(thing):
-        yield from _ops(part)
 
 
 def _ascending(choice: Choice) -> list[Label]:
