@@ -21,6 +21,7 @@ import platform
 import random
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,16 @@ def markdown(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def added(folder: Path, dataset: str, columns: Sequence[str]) -> float:
+    """Spearman's correlation of a sum of ranks; ``columns`` are ``policy:score``, seed 0."""
+    from scipy.stats import rankdata, spearmanr
+
+    runs = {p: json.loads((folder / f"{dataset}-{p}-0.json").read_text()) for p in {c.split(":")[0] for c in columns}}
+    (rows,) = {tuple(run["hash"]) for run in runs.values()}  # of the same designs
+    total = sum(rankdata(runs[column.split(":")[0]][column.split(":")[1]]) for column in columns)
+    return float(spearmanr(total, [Table(dataset).valid_perf[i] for i in rows]).statistic)
+
+
 def _with(value: float, interval: tuple[float, float]) -> str:
     return f"{value:+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
 
@@ -298,11 +309,15 @@ def main() -> None:
     parser.add_argument("--apart", action="store_true", help="weights of their own for what reads the raw input")
     parser.add_argument("--out", type=Path, default=Path("results/supernet_ranking"), help="a JSON file per supernet")
     parser.add_argument("--table", type=Path, metavar="FOLDER", help="print what lies there")
+    parser.add_argument("--added", nargs="+", metavar="POLICY:SCORE", help="with --table: the sum of these ranks")
     parser.add_argument("--check", type=int, metavar="EPOCHS", help="compare features and trainings with the table")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.table:
-        print(markdown(options.table))
+        for dataset in options.datasets if options.added else ():
+            print(dataset, " + ".join(options.added), f"{added(options.table, dataset, options.added):+.3f}")
+        if not options.added:
+            print(markdown(options.table))
         return
     print(
         f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}, one thread", flush=True
