@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from sparse_features import Rows, sparse_propagation
 from torch import Tensor
-from torch_geometric.nn import GraphConv, SAGEConv
 
 from nasgraph.build import build
 from nasgraph.executors import InProcess
@@ -39,7 +38,6 @@ from nasgraph.supernet import Supernet
 from nasgraph.tasks import NodeTask, planetoid
 from nasgraph.training import TrainSettings
 from nasgraph.training.differentiable import two_path
-from nasgraph.transforms.quantize import QuantizedAggregation
 from nasgraph.transforms.quantizers import ActivationQuantizer
 
 JOINT, RANDOM = "NSGA-II, architecture and bits", "random, architecture and bits"
@@ -83,7 +81,6 @@ def sparse_quantisation() -> Iterator[None]:
     """Quantisers and input dropout read :class:`Rows` too, and so do layers that aggregate before their weight."""
     with sparse_propagation():
         plain = {kind: kind.forward for kind in (ActivationQuantizer, SparseDropout)}
-        propagate = {kind: kind.propagate for kind in (SAGEConv, GraphConv)}
 
         def quantised(self: ActivationQuantizer, x: Tensor) -> Tensor:
             forward = plain[ActivationQuantizer]
@@ -94,24 +91,12 @@ def sparse_quantisation() -> Iterator[None]:
                 return plain[SparseDropout](self, x)
             return x.dropped(self.p) if self.training and self.p else x
 
-        def aggregated(kind: type) -> Any:
-            def run(self: Any, *args: Any, **data: Any) -> Tensor:
-                out = propagate[kind](self, *args, **data)
-                quantise = isinstance(self, QuantizedAggregation) and isinstance(out, Rows)
-                return self.on_aggregate(out) if quantise else out
-
-            return run
-
         ActivationQuantizer.forward, SparseDropout.forward = quantised, dropped
-        for kind in propagate:
-            kind.propagate = aggregated(kind)
         try:
             yield
         finally:
             for kind, method in plain.items():
                 kind.forward = method
-            for kind, method in propagate.items():
-                kind.propagate = method
 
 
 def check(task: NodeTask, space: SearchSpace, count: int = 20) -> float:

@@ -100,27 +100,47 @@ class _Product(torch.autograd.Function):
 
 @contextlib.contextmanager
 def sparse_propagation() -> Iterator[None]:
-    """The layers that aggregate before their weight matrix aggregate :class:`Rows` too."""
-    with torch.random.fork_rng(devices=[]):  # a layer's first instance writes its class's propagate
-        GINConv(torch.nn.Identity()), ChebConv(1, 1, K=2), SAGEConv(1, 1), GraphConv(1, 1)
-    plain = {layer: layer.propagate for layer in AGGREGATE_FIRST}
+    """The layers that aggregate before their weight matrix aggregate :class:`Rows` too, quantised ones included.
 
-    def aware(layer: type[MessagePassing]) -> Callable[..., Any]:
+    PyG writes a ``propagate`` for each class when its first instance is made or copied. So those of subclasses are
+    replaced as well, and while this lasts none is written for a subclass, which inherits its layer's.
+    """
+    with torch.random.fork_rng(devices=[]):
+        GINConv(torch.nn.Identity()), ChebConv(1, 1, K=2), SAGEConv(1, 1), GraphConv(1, 1)
+    plain = {kind: kind.__dict__["propagate"] for kind in _writers(AGGREGATE_FIRST)}
+    write = MessagePassing._set_jittable_templates
+
+    def aware(run: Callable[..., Any]) -> Callable[..., Any]:
         def propagate(self: Any, edge_index: Tensor, size: Any = None, **data: Any) -> Any:
             x = data["x"][0] if isinstance(data["x"], tuple) else data["x"]
-            if isinstance(x, Rows):
-                return Rows(x.features, _adjacency(self, edge_index, x, data))
-            return plain[layer](self, edge_index, size=size, **data)
+            if not isinstance(x, Rows):
+                return run(self, edge_index, size=size, **data)
+            out = Rows(x.features, _adjacency(self, edge_index, x, data))
+            return self.on_aggregate(out) if hasattr(self, "on_aggregate") else out
 
         return propagate
 
-    for layer in AGGREGATE_FIRST:
-        layer.propagate = aware(layer)
+    def written(self: MessagePassing, *args: Any) -> None:
+        if not isinstance(self, AGGREGATE_FIRST):
+            write(self, *args)
+
+    for kind, method in plain.items():
+        kind.propagate = aware(method)
+    MessagePassing._set_jittable_templates = written
     try:
         yield
     finally:
-        for layer, method in plain.items():
-            layer.propagate = method
+        MessagePassing._set_jittable_templates = write
+        for kind, method in plain.items():
+            kind.propagate = method
+
+
+def _writers(kinds: Sequence[type]) -> Iterator[type]:
+    """``kinds`` and their subclasses that have a ``propagate`` of their own."""
+    for kind in kinds:
+        if "propagate" in kind.__dict__:
+            yield kind
+        yield from _writers(kind.__subclasses__())
 
 
 def _adjacency(layer: Any, edge_index: Tensor, x: Rows, data: Mapping[str, Any]) -> Tensor:
