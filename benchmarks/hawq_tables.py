@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nasgraph.transforms.bit_allocation import Allocation, Budget, Table, allocate
+from nasgraph.allocation.bits import Allocation, Budget, Table, allocate
 
 ABOUT = """# Bit-widths by integer program on HAWQ-V3's tables
 

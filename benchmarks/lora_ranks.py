@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from scipy.stats import spearmanr, ttest_rel
 
+from nasgraph.allocation.ranks import architecture, linear_schedule
 from nasgraph.model_space import ModelSpace
 from nasgraph.search_spaces.lora_digits import lora_digits
 from nasgraph.space import Architecture
@@ -29,7 +30,6 @@ from nasgraph.tasks.text import RowTask, digits_rows
 from nasgraph.training.loop import TrainSettings
 from nasgraph.training.policies import Uniform
 from nasgraph.transforms.lora import adapter_params
-from nasgraph.transforms.rank_allocation import architecture, linear_schedule
 
 RANKS = (0, 1, 2, 4, 8)
 Chosen = dict[str, dict[str, int]]

@@ -14,12 +14,12 @@ from scipy.stats import ttest_rel
 from torch import nn
 from torch_geometric.nn import GCNConv
 
+from nasgraph.allocation.starts import first_trials, networks_of, plain_network, reference
 from nasgraph.objectives.bits import count_model_bits
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.tasks import digits_knn
 from nasgraph.training import TrainSettings
 from nasgraph.transforms import LowRank, Quantize
-from nasgraph.transforms.starts import first_trials, networks_of, plain_network, reference
 
 N, SEEDS = 8, 5
 

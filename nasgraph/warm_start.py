@@ -5,13 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
-from nasgraph.build import build
-from nasgraph.config import WarmStart
-from nasgraph.errors import ConfigError
-from nasgraph.model_space import ModelSpace
-from nasgraph.objectives.base import Candidate, find_objective
-from nasgraph.space import Architecture, Label
-from nasgraph.transforms.starts import (
+from nasgraph.allocation.starts import (
     Network,
     first_trials,
     networks_of,
@@ -19,6 +13,12 @@ from nasgraph.transforms.starts import (
     reference,
     transform_choices,
 )
+from nasgraph.build import build
+from nasgraph.config import WarmStart
+from nasgraph.errors import ConfigError
+from nasgraph.model_space import ModelSpace
+from nasgraph.objectives.base import Candidate, find_objective
+from nasgraph.space import Architecture, Label
 from nasgraph.workers import Parts
 
 

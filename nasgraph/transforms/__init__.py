@@ -1,8 +1,8 @@
 """Bit-widths, adapter ranks, masks and factor ranks as choices, on any operation and any model.
 
-``base.py`` has what a transform is, ``layers.py`` the places that a rewritten layer has. What decides how much of each:
-``bit_allocation``, ``rank_allocation``, ``prune_allocation``, ``low_rank_training``, ``starts``; ``gpfq`` quantises a
-trained model, ``structured`` follows who depends on a channel, ``deploy`` makes rewritten layers plain again.
+``base.py`` has what a transform is, ``layers.py`` the places that a rewritten layer has. ``gpfq`` quantises a trained
+model, ``low_rank_training`` trains factors, ``structured`` follows who depends on a channel, ``deploy`` makes rewritten
+layers plain again. How much of each goes where without a search: the package ``nasgraph.allocation``.
 """
 
 from nasgraph.transforms.base import Transform, transformed

@@ -129,7 +129,7 @@ def quantize_model(
 
     Args:
         batches: inputs of calls, ``model(*inputs)``; the model runs in evaluation mode. No labels are needed.
-        bits: 2 (three levels) to 8; or by the names of layers, as :func:`nasgraph.transforms.bit_allocation.allocate`
+        bits: 2 (three levels) to 8; or by the names of layers, as :func:`nasgraph.allocation.bits.allocate`
             gives them: a layer that is not named, or has 16 or 32 bits, stays as it is.
         method: ``"gpfq"``, or ``"rtn"``, round to nearest on the same levels.
         per: one step for a whole ``"tensor"`` or for each ``"channel"``.

@@ -10,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nasgraph.errors import SpaceError
-from nasgraph.space import Choice, Op, SearchSpace
-from nasgraph.tasks.batch import Batch
-from nasgraph.transforms.base import transformed
-from nasgraph.transforms.lora import Lora
-from nasgraph.transforms.rank_allocation import (
+from nasgraph.allocation.ranks import (
     AdaLora,
     Allocator,
     DynamicRank,
@@ -30,6 +25,11 @@ from nasgraph.transforms.rank_allocation import (
     ranks,
     with_gates,
 )
+from nasgraph.errors import SpaceError
+from nasgraph.space import Choice, Op, SearchSpace
+from nasgraph.tasks.batch import Batch
+from nasgraph.transforms.base import transformed
+from nasgraph.transforms.lora import Lora
 
 TRUE = 3  # rank of what layer "0" has to learn; layer "1" has nothing to learn
 

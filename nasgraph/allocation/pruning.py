@@ -1,83 +1,17 @@
-"""How much to prune where: a knapsack of groups, a proximal step with an exact budget, annealed masks, mask repair.
+"""Which weights and groups go: a proximal step with an exact budget, annealed masks, mask repair.
 
-Each is a function of tensors or numbers, so it works with whatever measures sensitivity; none of them trains.
+Each is a function of tensors, so it works with whatever measures sensitivity; none of them trains. How much goes where
+is a knapsack: ``knapsack.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nasgraph.transforms.prune import largest
-
-
-@dataclass(frozen=True)
-class Picked:
-    """One option for each item. ``options``: their positions; ``value`` and ``cost``: their sums."""
-
-    options: tuple[int, ...]
-    value: float
-    cost: float
-
-
-def knapsack(values: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> Picked:
-    """The option of each item that together have the largest value at a cost of at most ``budget``: exact.
-
-    A channel that is kept or not has the values ``[0, value]`` and costs ``[0, cost]`` (Aflalo et al., "Knapsack
-    Pruning with Inner Distillation", 2020: value ``sum |w dL/dw|``, cost in multiply-adds; channels tied to each other
-    are one item). A layer has an option for each keep ratio. Solved as an integer program by ``scipy.optimize.milp``.
-
-    Args: values, costs: of each item, those of its options; finite.
-
-    Raises: ValueError: the cheapest options together cost more than ``budget``, or numbers that do not belong together.
-    """
-    _check(values, costs, budget)
-    from scipy.optimize import LinearConstraint, milp
-    from scipy.sparse import csr_array
-
-    sizes = [len(options) for options in values]
-    one = csr_array((np.ones(sum(sizes)), (np.repeat(np.arange(len(sizes)), sizes), np.arange(sum(sizes)))))
-    flat_values = np.concatenate([np.asarray(options, dtype=float) for options in values])
-    flat_costs = np.concatenate([np.asarray(options, dtype=float) for options in costs])
-    worth = max(float(np.abs(flat_values).max()), 1e-300)  # the solver stops at gaps of 1e-6
-    scale = max(abs(budget), float(np.abs(flat_costs).max()), 1e-300)
-    rules = [LinearConstraint(one, 1, 1), LinearConstraint(flat_costs[None] / scale, -np.inf, budget / scale)]
-    done = milp(
-        -flat_values / worth, constraints=rules, integrality=np.ones(len(flat_values)), options={"mip_rel_gap": 0.0}
-    )
-    if done.x is None:
-        raise ValueError(f"knapsack: no solution within {budget}: {done.message}")
-    chosen = np.flatnonzero(done.x > 0.5)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
-    return _picked([int(i) for i in chosen - starts], values, costs)
-
-
-def greedy(values: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> Picked:
-    """As :func:`knapsack`, but quick and not always the best: from the cheapest options up, best gain per cost first.
-
-    Raises: ValueError: as :func:`knapsack`.
-    """
-    _check(values, costs, budget)
-    chosen = [min(range(len(c)), key=lambda i: (c[i], -v[i])) for v, c in zip(values, costs, strict=True)]
-    spent = math.fsum(c[i] for c, i in zip(costs, chosen, strict=True))
-    while True:
-        best, step = 0.0, None
-        for item, now in enumerate(chosen):
-            for option in range(len(values[item])):
-                gain = values[item][option] - values[item][now]
-                more = costs[item][option] - costs[item][now]
-                rate = gain / more if more > 0 else math.inf
-                if gain > 0 and spent + more <= budget and rate > best:
-                    best, step = rate, (item, option, more)
-        if step is None:
-            return _picked(chosen, values, costs)
-        chosen[step[0]] = step[1]
-        spent += step[2]
 
 
 def envelope_prox(norms: Tensor, weights: Tensor, strength: float, budget: float) -> Tensor:
@@ -186,19 +120,3 @@ def repaired_mask(
         found[which, pruned[which]] = False
         error[which] += moves[which, pruned[which]] - moves[which, revived[which]]
     return found
-
-
-def _picked(chosen: Sequence[int], values: Sequence[Sequence[float]], costs: Sequence[Sequence[float]]) -> Picked:
-    value = math.fsum(v[i] for v, i in zip(values, chosen, strict=True))
-    return Picked(tuple(chosen), value, math.fsum(c[i] for c, i in zip(costs, chosen, strict=True)))
-
-
-def _check(values: Sequence[Sequence[float]], costs: Sequence[Sequence[float]], budget: float) -> None:
-    if not values or [len(v) for v in values] != [len(c) for c in costs] or not all(len(v) for v in values):
-        raise ValueError("knapsack: give each item as many costs as values, and at least one")
-    numbers = [x for options in (*values, *costs) for x in options]
-    if not all(math.isfinite(x) for x in (*numbers, budget)):
-        raise ValueError("knapsack: a value, a cost or the budget is not finite")
-    least = math.fsum(min(options) for options in costs)
-    if least > budget:
-        raise ValueError(f"knapsack: the cheapest options cost {least:g}, more than the budget {budget:g}")

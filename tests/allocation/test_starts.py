@@ -14,17 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nasgraph.build import build
-from nasgraph.errors import ConfigError, SpaceError
-from nasgraph.predictors.zero_cost import output_sqnr, sqnr
-from nasgraph.space import Architecture, Choice, Op, SearchSpace
-from nasgraph.supernet import Supernet
-from nasgraph.tasks.batch import Batch
-from nasgraph.transforms import Lora, LowRank, Quantize
-from nasgraph.transforms.base import transformed
-from nasgraph.transforms.damage import METHODS, gradient_ranks, gradient_spectra, noise, stable_ranks, weighted_layers
-from nasgraph.transforms.low_rank import factorised
-from nasgraph.transforms.starts import (
+from nasgraph.allocation.starts import (
     Effect,
     effects,
     first_trials,
@@ -35,6 +25,16 @@ from nasgraph.transforms.starts import (
     transform_choices,
     within,
 )
+from nasgraph.build import build
+from nasgraph.errors import ConfigError, SpaceError
+from nasgraph.predictors.zero_cost import output_sqnr, sqnr
+from nasgraph.space import Architecture, Choice, Op, SearchSpace
+from nasgraph.supernet import Supernet
+from nasgraph.tasks.batch import Batch
+from nasgraph.transforms import Lora, LowRank, Quantize
+from nasgraph.transforms.base import transformed
+from nasgraph.transforms.damage import METHODS, gradient_ranks, gradient_spectra, noise, stable_ranks, weighted_layers
+from nasgraph.transforms.low_rank import factorised
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

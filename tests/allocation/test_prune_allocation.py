@@ -10,14 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nasgraph.transforms.prune_allocation import (
-    annealed_mask,
-    envelope_prox,
-    greedy,
-    group_step,
-    knapsack,
-    repaired_mask,
-)
+from nasgraph.allocation.knapsack import greedy, knapsack
+from nasgraph.allocation.pruning import annealed_mask, envelope_prox, group_step, repaired_mask
 
 ITEMS = st.lists(
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=3), min_size=1, max_size=5

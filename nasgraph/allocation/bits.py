@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nasgraph.allocation.knapsack import least
 from nasgraph.errors import ConfigError, did_you_mean
 from nasgraph.tasks.batch import Batch
 from nasgraph.transforms.base import matches
@@ -22,8 +23,6 @@ from nasgraph.transforms.layers import KINDS, plain_linears
 from nasgraph.transforms.quantize import Quantize
 
 Table = Mapping[str, Mapping[int, float]]  # layer -> bits -> number
-
-SLACK = 1e-9  # of a budget, relative: rounding of sums
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def allocate(sensitivity: Table, budgets: Sequence[Budget], tied: Sequence[Seque
     spoilt = _sums(sensitivity, options, "sensitivity")
     costs = {budget.name: _sums(budget.costs, options, f"budget '{budget.name}'") for budget in budgets}
     limits = {budget.name: budget.limit for budget in budgets}
-    chosen = _solve(spoilt, costs, limits, options)
+    chosen = least(spoilt, _places(options), costs, limits)
     if chosen is None:
         raise ConfigError(_infeasible(costs, limits, options))
     bits = {layer: options[i][1] for i in chosen for layer in options[i][0]}
@@ -87,6 +86,12 @@ def _groups(sensitivity: Table, tied: Sequence[Sequence[str]]) -> list[tuple[str
     return list(dict.fromkeys(group_of.values()))
 
 
+def _places(options: Options) -> list[int]:
+    """For each option the number of its group."""
+    numbers: dict[tuple[str, ...], int] = {}
+    return [numbers.setdefault(layers, len(numbers)) for layers, _ in options]
+
+
 def _sums(table: Table, options: Options, what: str) -> np.ndarray:
     """Of each option the sum over its layers."""
     for layer, bits in ((layer, bits) for layers, bits in options for layer in layers):
@@ -97,53 +102,20 @@ def _sums(table: Table, options: Options, what: str) -> np.ndarray:
     return np.array([sum(table[layer][bits] for layer in layers) for layers, bits in options])
 
 
-def _solve(
-    goal: np.ndarray, costs: Mapping[str, np.ndarray], limits: Mapping[str, float], options: Options
-) -> list[int] | None:
-    """Positions of the options taken, one for each group, with the least sum of ``goal``; None: nothing fits."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    groups = list(dict.fromkeys(layers for layers, _ in options))
-    one_each = np.array([[float(layers == group) for layers, _ in options] for group in groups])
-    rows = [LinearConstraint(one_each, 1, 1)]
-    for name, cost in costs.items():
-        scale = max(float(np.abs(cost).max()), abs(limits[name])) or 1.0  # the solver's tolerances are absolute
-        rows.append(LinearConstraint(cost[None] / scale, -np.inf, limits[name] / scale))
-    scaled = goal - one_each.T @ np.array([goal[row > 0].min() for row in one_each])  # a group's best is 0
-    spread = float(scaled.max()) or 1.0
-    while True:
-        found = milp(
-            scaled * (1e6 / spread),
-            integrality=np.ones(len(options)),
-            bounds=Bounds(0, 1),
-            constraints=rows,
-            options={"mip_rel_gap": 0.0},
-        )
-        if found.x is None:
-            return None
-        chosen = [int(i) for i in np.flatnonzero(found.x > 0.5)]
-        over = [n for n in costs if costs[n][chosen].sum() - limits[n] > SLACK * max(abs(limits[n]), 1e-300)]
-        if not over:
-            return chosen
-        # It exceeds a budget by less than the solver's tolerance: leave out this one and ask again.
-        rows.append(LinearConstraint(np.isin(np.arange(len(options)), chosen)[None], -np.inf, len(groups) - 1))
-
-
 def _infeasible(costs: Mapping[str, np.ndarray], limits: Mapping[str, float], options: Options) -> str:
     for name, cost in costs.items():
-        least: dict[tuple[str, ...], float] = {}
+        cheapest: dict[tuple[str, ...], float] = {}
         for (layers, _), number in zip(options, cost, strict=True):
-            least[layers] = min(number, least.get(layers, number))
-        if sum(least.values()) > limits[name]:
-            return (
-                f"budget '{name}' is {limits[name]:g}: the smallest that an allocation meets is {sum(least.values()):g}"
-            )
+            cheapest[layers] = min(number, cheapest.get(layers, number))
+        smallest = sum(cheapest.values())
+        if smallest > limits[name]:
+            return f"budget '{name}' is {limits[name]:g}: the smallest that an allocation meets is {smallest:g}"
     for name, cost in costs.items():
         others = {other: numbers for other, numbers in costs.items() if other != name}
-        chosen = _solve(cost, others, limits, options)
+        chosen = least(cost, _places(options), others, limits)
         if chosen is not None:
-            smallest = f"the smallest '{name}' that an allocation meets is {cost[chosen].sum():g}"
-            return f"no allocation meets all budgets: within the others, {smallest}, and its budget is {limits[name]:g}"
+            found = f"the smallest '{name}' that an allocation meets is {cost[chosen].sum():g}"
+            return f"no allocation meets all budgets: within the others, {found}, and its budget is {limits[name]:g}"
     return f"no allocation meets any {len(costs) - 1} of the {len(costs)} budgets together: raise more than one"
 
 

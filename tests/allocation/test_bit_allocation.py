@@ -12,9 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nasgraph.errors import ConfigError
-from nasgraph.tasks.batch import Batch
-from nasgraph.transforms.bit_allocation import (
+from nasgraph.allocation.bits import (
     Allocation,
     Budget,
     allocate,
@@ -24,6 +22,8 @@ from nasgraph.transforms.bit_allocation import (
     rounded,
     weight_costs,
 )
+from nasgraph.errors import ConfigError
+from nasgraph.tasks.batch import Batch
 from nasgraph.transforms.quantize import Quantize
 
 numbers = st.floats(0, 1e3, allow_nan=False) | st.sampled_from([1e-7, 2e-7, 1e7])
