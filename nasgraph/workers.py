@@ -34,6 +34,8 @@ from nasgraph.objectives import (
 from nasgraph.space import Architecture, SearchSpace
 from nasgraph.tasks import Task
 from nasgraph.training import TrainSettings
+from nasgraph.training.ranges import SAMPLES, freeze
+from nasgraph.transforms.ranges import activation_quantizers
 
 if TYPE_CHECKING:
     from nasgraph.supernet import Supernet
@@ -88,8 +90,9 @@ class Worker:
     the architecture).
     ``score``: the screen's proxies, params and FLOPs of an untrained architecture (payload: the architecture).
     ``finish``: train a chosen architecture from several seeds, or fine-tune its extraction from the supernet with
-    several seeds; test it, export the training that is best on validation (payload: ``{"architecture": {...}, "folder":
-    path or None, "metadata": {...}}``; without a folder no export). Only this looks at the test split.
+    several seeds; freeze the ranges of its quantised activations; test it, export the training that is best on
+    validation (payload: ``{"architecture": {...}, "folder": path or None, "metadata": {...}}``; without a folder no
+    export). Only this looks at the test split.
 
     One worker serves all phases of a run, so a process imports torch and loads data and supernet once.
 
@@ -194,16 +197,19 @@ class Worker:
         made = self.parts
         model = build(made.space, architecture, seed).to(made.device)
         made.task.fit(model, made.settings, seed)
+        freeze(model, made.task, self.config.seed)
         return model, "trained"
 
     def _finetuned(self, architecture: Architecture, seed: int) -> tuple[torch.nn.Module, str]:
         """The extraction trained on; as it was, if that is not better on validation."""
         made, epochs = self.parts, self.config.finetune
         extracted = self.supernet.calibrated(architecture, self._samples)
+        freeze(extracted, made.task, self.config.seed)
         if not epochs:
             return extracted, "as extracted"
         model = self.supernet.calibrated(architecture, self._samples)
         made.task.fit(model, replace(made.settings, epochs=epochs), seed)
+        freeze(model, made.task, self.config.seed)
         before, after = made.task.score(extracted, "val"), made.task.score(model, "val")
         better = (after["accuracy"], -after["loss"]) > (before["accuracy"], -before["loss"])
         return (model, "fine-tuned") if better else (extracted, "as extracted")
@@ -222,6 +228,7 @@ def export_to(
     """Export a trained model into ``folder``; one plain record per format, failed ones with their reason."""
     from nasgraph.export import export_model
 
+    ranges = {"activations": f"ranges frozen on {SAMPLES} training samples"} if activation_quantizers(model) else {}
     measured = {key: value for key, value in metadata.get("values", {}).items() if key not in metrics}
     written = export_model(
         model,  # type: ignore[arg-type]
@@ -235,6 +242,7 @@ def export_to(
             "task": made.task.name,
             **getattr(made.task, "notes", {}),
             "training": _how(config, made),
+            **ranges,
             **metadata.get("notes", {}),
         },
     )

@@ -40,7 +40,7 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     """Write ``model_qdq.onnx``. Codes of 2, 4, 8 and 16 bits are stored at their width, others at the next larger.
 
     A scale for each tensor, channel or group of a channel, as the layer has it. Activations of a fixed range
-    (:func:`nasgraph.transforms.quantize.freeze_ranges`) become ``QuantizeLinear`` and ``DequantizeLinear``, the others
+    (:func:`nasgraph.transforms.ranges.freeze_ranges`) become ``QuantizeLinear`` and ``DequantizeLinear``, the others
     stay the arithmetic that they are. Masks are zeros among the codes.
 
     Must equal the model to 1e-5. With quantised activations to 0.05: a number at the border of two codes may go to the

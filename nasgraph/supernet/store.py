@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,6 +29,7 @@ from nasgraph.supernet import sharing
 from nasgraph.supernet.compiled import Compiler
 from nasgraph.supernet.scoring import Scorer
 from nasgraph.supernet.slicing import computed_for, cut_for
+from nasgraph.supernet.steps import start_new_steps
 from nasgraph.supernet.stored import called, numbered, start
 from nasgraph.supernet.structure import Form, Key, Piece, Structure, form, tracks
 from nasgraph.supernet.variants import chosen, options, variants
@@ -100,6 +102,7 @@ class Supernet:
         self._shown: tuple[Tensor, ...] | None = None  # by every batch of the task; (): they differ
         self._kept: Scorer | None = None
         self._state: list[int] = []  # of the store, when these were computed
+        self.started: WeakSet[Structure] = WeakSet()  # whose learned steps have all started, see supernet.steps
 
     def __repr__(self) -> str:
         return f"Supernet({self.space.name!r}, {self.numel:,} numbers)"
@@ -168,6 +171,13 @@ class Supernet:
             module.__class__ = getattr(type(module), "alone", type(module))
         model.meta["calls"] = {name: _alone(made) for name, made in model.meta["calls"].items()}
         return model
+
+    def start_steps(self, architecture: Mapping[str, Label], inputs: Sequence[Tensor]) -> None:
+        """Learned steps of activations that nothing has trained yet start from what they read; :meth:`train` calls it.
+
+        Args: inputs: those of a training batch, on which ``architecture`` is run in training mode.
+        """
+        start_new_steps(self, self._structure(Architecture(architecture)), inputs)
 
     def params(self, architecture: Mapping[str, Label]) -> int:
         """How many parameters ``architecture`` has."""

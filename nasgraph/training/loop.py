@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -12,11 +13,13 @@ import torch
 from torch import nn
 
 from nasgraph.errors import ConfigError, NotFinite, did_you_mean
+from nasgraph.transforms.ranges import start_new_steps
 
 if TYPE_CHECKING:  # tasks import this module
     from nasgraph.tasks.batch import Batch
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
+STARTING = 4  # training batches from which learned steps of activations start
 
 Epoch = tuple[float, float, float]  # training loss, validation loss, validation accuracy
 
@@ -95,7 +98,8 @@ def train(
     that a search maximises, so the weights kept are those that the score speaks of; the loss breaks ties because an
     accuracy over a few hundred samples moves in coarse steps and the first epoch to touch one is rarely the best.
 
-    A model whose parameters are all frozen is scored as it is, after 0 epochs.
+    A model whose parameters are all frozen is scored as it is, after 0 epochs. Learned steps of quantised activations
+    that nothing has started or trained yet start from the first four training batches.
 
     Randomness (dropout, shuffling) is drawn from ``seed`` in a forked generator: equal seeds give equal bits on one
     device and thread count, and the caller's generator is left as it was.
@@ -121,6 +125,7 @@ def train(
     cuda = sorted({p.device.index for p in parameters if p.is_cuda})
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
+        start_new_steps(model, (batch.inputs for batch in itertools.islice(batches, STARTING)))
         for epoch in range(1, settings.epochs + 1):
             loss = _finite(_one_epoch(model, batches, optimizer), "training", epoch)
             accuracy, val_loss = evaluate(model, val)

@@ -85,6 +85,7 @@ def _step(
     with torch.random.fork_rng(devices=cuda):
         torch.manual_seed(seed)
         for i, path in enumerate(paths):
+            supernet.start_steps(path.architecture, batch.inputs)
             outputs = batch.outputs(supernet.subnet(path.architecture).train())
             if i in kept:
                 outputs_of[i] = outputs.detach()

@@ -9,7 +9,8 @@ from nasgraph.transforms.base import Transform, transformed
 from nasgraph.transforms.lora import Lora, merge
 from nasgraph.transforms.low_rank import LowRank, record_inputs
 from nasgraph.transforms.prune import Prune, kept_weights, recycle
-from nasgraph.transforms.quantize import Quantize, freeze_ranges, start_steps
+from nasgraph.transforms.quantize import Quantize
+from nasgraph.transforms.ranges import freeze_ranges, start_steps
 
 __all__ = [
     "Lora",

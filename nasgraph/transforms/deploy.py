@@ -1,7 +1,7 @@
 """A network for use instead of training: weights as they are after masks and quantisers, layers plain where possible.
 
 Masks and weight quantisers are functions of the weight: their result takes the weight's place and they are dropped.
-Activation quantisers read what comes in, so they stay; ``quantize.freeze_ranges`` fixes their ranges. Adapters stay, or
+Activation quantisers read what comes in, so they stay; ``ranges.freeze_ranges`` fixes their ranges. Adapters stay, or
 are merged.
 """
 

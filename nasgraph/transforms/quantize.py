@@ -6,13 +6,11 @@ The weight stays a float parameter; ``quantizers.py`` has what rounds it. ``docs
 from __future__ import annotations
 
 import functools
-import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
@@ -101,6 +99,22 @@ class Quantize(Transform):
         """See :class:`Transform`."""
         return all(bits in FLOAT for bits in (self.weight_bits, self.activation_bits, self.aggregation_bits))
 
+    def canonical(self) -> Quantize:
+        """See :class:`Transform`."""
+        unused = [name for name in ("weight_bits", "activation_bits", "aggregation_bits") if getattr(self, name) in FLOAT]
+        if "weight_bits" in unused:
+            unused += ["method", "per", "group_size", "nested_bits"]
+        elif self.weight_bits == 1:
+            unused += ["method"]  # both compute the scale
+        if "activation_bits" in unused and "aggregation_bits" in unused:
+            unused += ["activations"]
+        if self.per != "group":
+            unused += ["group_size"]
+        if self.method != "nested" or self.weight_bits != 16:
+            unused += ["nested_bits"]  # leading bits are the same, whatever follows them
+        found: Quantize = self.with_defaults(unused)
+        return found
+
     def can_rewrite(self, layer: nn.Module) -> bool:
         """See :class:`Transform`."""
         weights_stay = self.weight_bits in FLOAT
@@ -166,46 +180,3 @@ def once(place: nn.ModuleDict, layer: nn.Module) -> nn.ModuleDict:
     if "quantize" in place:
         raise SpaceError(f"Quantize: {layer} is quantised twice: let the patterns of `where` not overlap")
     return place
-
-
-@torch.no_grad()
-def observed(model: nn.Module, batches: Iterable[Sequence[Any]]) -> dict[ActivationQuantizer, Tensor]:
-    """Of each quantiser of activations, over ``model(*inputs)`` for all batches: least, greatest, mean magnitude."""
-    seen: dict[ActivationQuantizer, list[Tensor]] = {}
-
-    def look(quantizer: nn.Module, args: tuple[Tensor]) -> None:
-        x = args[0].detach()
-        seen.setdefault(quantizer, []).append(torch.stack([x.amin(), x.amax(), x.abs().mean()]))  # type: ignore[arg-type]
-
-    parts = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
-    hooks = [part.register_forward_pre_hook(look) for part in parts]
-    training = model.training
-    model.eval()
-    try:
-        for inputs in batches:
-            model(*inputs)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    found = {part: torch.stack(rows) for part, rows in seen.items()}
-    return {part: torch.stack([r[:, 0].amin(), r[:, 1].amax(), r[:, 2].mean()]) for part, r in found.items()}
-
-
-def freeze_ranges(model: nn.Module, batches: Iterable[Sequence[Any]]) -> nn.Module:
-    """For deployment: the range of every activation becomes the one met on ``batches``, in place.
-
-    Args: batches: the inputs of calls, ``model(*inputs)``; the model runs in evaluation mode.
-    """
-    for part, (lowest, highest, _) in observed(model, batches).items():
-        part.freeze(lowest, highest)
-    return model
-
-
-def start_steps(model: nn.Module, batches: Iterable[Sequence[Any]]) -> nn.Module:
-    """Learned steps of activations start at ``2 * mean|x| / sqrt(high)`` (Esser et al. 2020), met on ``batches``."""
-    for part, (lowest, _, magnitude) in observed(model, batches).items():
-        if part.name:
-            high = 2 ** (part.bits - 1) - 1 if lowest < 0 else 2**part.bits - 1
-            part.get_parameter(part.name).data.fill_(float(2 * magnitude / math.sqrt(high)))
-    return model

@@ -175,9 +175,9 @@ class NestedBits(WeightQuantizer):
 class ActivationQuantizer(nn.Module):
     """A tensor of activations in ``bits`` bits, one scale for all of it.
 
-    Its range is that of the present tensor, until it is frozen (``quantize.freeze_ranges``). Codes are unsigned if the
+    Its range is that of the present tensor, until it is frozen (``ranges.freeze_ranges``). Codes are unsigned if the
     range has nothing below 0, else signed. With ``learned`` the step is a parameter, ``step_<bits>``, as for
-    :class:`LearnedStep`; it starts as for a normal distribution (``quantize.start_steps`` starts it from inputs).
+    :class:`LearnedStep`; it starts as for a normal distribution (``ranges.start_steps`` starts it from inputs).
     """
 
     own_slices = True

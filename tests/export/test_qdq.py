@@ -18,7 +18,7 @@ from nasgraph.export import Exported, Request, export_many
 from nasgraph.export.qdq import FILE, tensor_of_codes
 from nasgraph.space import Call, Op, SearchSpace
 from nasgraph.transforms import Prune, Quantize
-from nasgraph.transforms.quantize import freeze_ranges
+from nasgraph.transforms.ranges import freeze_ranges
 
 ALL = [(2, 4, 8)] + [pytest.param((bits,) * 3, marks=pytest.mark.slow) for bits in (2, 4, 8)]
 

@@ -14,7 +14,7 @@ from nasgraph.transforms import Prune, Quantize, transformed
 from nasgraph.transforms.deploy import deploy
 from nasgraph.transforms.layers import rewritten_layers
 from nasgraph.transforms.lora import Lora
-from nasgraph.transforms.quantize import freeze_ranges
+from nasgraph.transforms.ranges import freeze_ranges
 from tests.transforms.toys import Adapt
 
 TRANSFORMS: dict[str, list[Any]] = {

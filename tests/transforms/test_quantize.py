@@ -18,7 +18,7 @@ from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
 from nasgraph.transforms import Prune, Quantize
 from nasgraph.transforms.base import transformed
-from nasgraph.transforms.quantize import freeze_ranges, start_steps
+from nasgraph.transforms.ranges import freeze_ranges, start_steps
 from nasgraph.transforms.quantizers import ActivationQuantizer, LearnedStep, MinMax, NestedBits, WeightQuantizer
 
 EDGES = torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 3]])
