@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from nasgraph.space import ConcreteOp, Graph, Step, make_name
+from nasgraph.declare import make_name
+from nasgraph.space import ConcreteOp, Graph, Step
 
 KEY_VERSION = "k1"
 

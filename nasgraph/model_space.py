@@ -20,19 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nasgraph.build import Made, node_seed
+from nasgraph.declare import as_op, choices_in, named
 from nasgraph.errors import SpaceError
 from nasgraph.held import hold
-from nasgraph.space import (
-    Architecture,
-    Choice,
-    ConcreteOp,
-    Label,
-    Op,
-    SearchSpace,
-    _choices_in,
-    as_op,
-    named,
-)
+from nasgraph.space import Architecture, Choice, ConcreteOp, Label, Op, SearchSpace
 from nasgraph.supernet.variants import _ways
 from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
 from nasgraph.transforms.flow import flow
@@ -183,7 +174,7 @@ class ModelSpace(SearchSpace):
         op: Any = self._ops[NODE]
         for name in self.names:
             mine = [each for each in op.kwargs["transforms"] if each.kwargs["where"] == name]
-            choices = sorted({choice.name for each in mine for choice in _choices_in(each)})
+            choices = sorted({choice.name for each in mine for choice in choices_in(each)})
             graph.add_node(name, kind="op", op=type(self.base.model.get_submodule(name)).__name__, choices=choices)
         for first, second in edges:
             graph.add_edge(first, second, position=0, choice=None)

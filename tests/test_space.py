@@ -18,9 +18,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from nasgraph.declare import make_name
 from nasgraph.errors import SpaceError
 from nasgraph.ops import add, concat
-from nasgraph.space import Architecture, Call, Choice, Op, SearchSpace, Switch, make_name
+from nasgraph.space import Architecture, Call, Choice, Op, SearchSpace, Switch
 
 MOST = 4000  # architectures that brute force looks at
 

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 from nasgraph.build import build, node_seed
+from nasgraph.declare import choices_in, ops_in
 from nasgraph.errors import ConfigError, SpaceError, did_you_mean
-from nasgraph.space import Architecture, Choice, Label, Op, SearchSpace, _choices_in, _ops_in
+from nasgraph.space import Architecture, Choice, Label, Op, SearchSpace
 from nasgraph.supernet.variants import _ways
 from nasgraph.tasks.batch import Batch
 from nasgraph.transforms.base import Transform, transformed
@@ -61,7 +62,7 @@ def transform_ops(space: SearchSpace) -> list[Op]:
     """The transforms declared in ``space``, with their choices open."""
     found: dict[int, Op] = {}
     for node in space._ops.values():
-        for op in _ops_in(node):
+        for op in ops_in(node):
             if isinstance(op.make, type) and issubclass(op.make, Transform):
                 found[id(op)] = op
     return list(found.values())
@@ -69,7 +70,7 @@ def transform_ops(space: SearchSpace) -> list[Op]:
 
 def transform_choices(space: SearchSpace) -> list[str]:
     """Names of the choices that are settings of transforms."""
-    return list(dict.fromkeys(choice.name for op in transform_ops(space) for choice in _choices_in(op)))
+    return list(dict.fromkeys(choice.name for op in transform_ops(space) for choice in choices_in(op)))
 
 
 def reference(space: SearchSpace, given: Mapping[str, Label] | None = None) -> Architecture:
@@ -88,7 +89,7 @@ def reference(space: SearchSpace, given: Mapping[str, Label] | None = None) -> A
                 mildest |= {name: next(iter(labels)) for name, labels in cube.items() if len(labels) == 1}
                 break
         else:
-            for choice in _choices_in(op):
+            for choice in choices_in(op):
                 mildest.setdefault(choice.name, _mildest(space.choices[choice.name]))
     others = given if given is not None else space.sample(random.Random(0))
     return _decided(space, {**others, **mildest})

@@ -11,7 +11,8 @@ from typing import Any
 import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from nasgraph.space import Node, SearchSpace, _choices_in, _plain, _switches_in, make_name
+from nasgraph.declare import choices_in, make_name, plain, switches_in
+from nasgraph.space import Node, SearchSpace
 from nasgraph.supernet.structure import Key
 from nasgraph.supernet.variants import Variant
 
@@ -60,12 +61,12 @@ def _followed(space: SearchSpace, node: str) -> tuple[str, ...]:
         if len(readers) != 1 or len(found) == 2:
             return tuple(found)
         node = readers[0]
-        found.append(str(_plain(space._ops[node])))
+        found.append(str(plain(space._ops[node])))
 
 
 def _reads(source: Any, node: str) -> bool:
     if isinstance(source, Node):
         return source.name == node
-    things = [option for choice in _choices_in(source) for option in choice.options]
-    things += [case for switch in _switches_in(source) for case in switch.cases.values()]
+    things = [option for choice in choices_in(source) for option in choice.options]
+    things += [case for switch in switches_in(source) for case in switch.cases.values()]
     return any(isinstance(thing, Node) and thing.name == node for thing in things)

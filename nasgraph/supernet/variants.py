@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from nasgraph.build import Made, _made, _Shapes, _written
+from nasgraph.declare import Arithmetic, reads
 from nasgraph.errors import SpaceError
-from nasgraph.space import Choice, ConcreteOp, Label, Op, SearchSpace, Step, Switch, _Arithmetic, _reads
+from nasgraph.space import Choice, ConcreteOp, Label, Op, SearchSpace, Step, Switch
 
 Shape = tuple[int, ...]
 Cube = dict[str, frozenset[Label]]  # choice -> labels that it may have; a choice that is not named may have any
@@ -120,7 +121,7 @@ def _readings(
     for cube, make in _ways(space._ops[node], {}, whole=True):
         for some in _parts(make) if apart else [make]:
             for with_op, op in _ways(some, cube):
-                for decided, sources in _ways(space._sources[node][: _reads(op)], with_op):
+                for decided, sources in _ways(space._sources[node][: reads(op)], with_op):
                     yield decided, op, make, tuple(source.name for source in sources)
 
 
@@ -144,7 +145,7 @@ def _ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, A
             return
         for after, kwargs in _ways(thing.kwargs, cube):
             yield after, ConcreteOp(thing.make, kwargs, thing.label, thing.is_call, thing.takes)
-    elif isinstance(thing, _Arithmetic):
+    elif isinstance(thing, Arithmetic):
         for after, (left, right) in _ways((thing.left, thing.right), cube):
             yield after, thing.function(left, right)
     elif isinstance(thing, dict):

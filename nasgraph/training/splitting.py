@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from nasgraph.declare import choices_in
 from nasgraph.errors import NotFinite, SpaceError
-from nasgraph.space import TRIES, Architecture, Choice, Label, Op, SearchSpace, _choices_in
+from nasgraph.space import TRIES, Architecture, Choice, Label, Op, SearchSpace
 from nasgraph.supernet import Supernet, recalibrate
 
 if TYPE_CHECKING:
@@ -214,7 +215,7 @@ def best_split(
     scores: dict[str, float] = {}
     groups: dict[str, tuple[tuple[Label, ...], tuple[Label, ...]]] = {}
     for choice in space.choices.values():
-        own = frozenset(node for node, op in space._ops.items() if choice in _choices_in(op))
+        own = frozenset(node for node, op in space._ops.items() if choice in choices_in(op))
         between_ops = len(choice.labels) > 1 and all(isinstance(option, Op) for option in choice.options)
         if not between_ops or choice.name in done or not any(key[0] not in own for key in supernet.store):
             continue

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch_geometric.nn import GCNConv
 
 from nasgraph.build import build
+from nasgraph.declare import as_op
 from nasgraph.errors import SpaceError
 from nasgraph.predictors.zero_cost import grad_norm, snip, synflow
-from nasgraph.space import Choice, Op, SearchSpace, as_op
+from nasgraph.space import Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
 from nasgraph.tasks.batch import Batch
 from nasgraph.training.policies import Uniform

@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+from nasgraph.declare import ops_in
 from nasgraph.errors import ConfigError, SpaceError
-from nasgraph.space import TRIES, Architecture, Choice, Label, SearchSpace, _ops_in
+from nasgraph.space import TRIES, Architecture, Choice, Label, SearchSpace
 from nasgraph.training.policies.base import Policy
 from nasgraph.training.policies.sizes import check_labels
 from nasgraph.transforms.low_rank import LowRank
@@ -71,7 +72,7 @@ def rank_choices(space: SearchSpace) -> list[Choice]:
     found = {
         op.kwargs["rank"].name: space.choices[op.kwargs["rank"].name]
         for node in space._ops.values()
-        for op in _ops_in(node)
+        for op in ops_in(node)
         if op.make is LowRank and isinstance(op.kwargs.get("rank"), Choice)
     }
     return list(found.values())
