@@ -9,10 +9,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
 import pickle
 import random
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nasgraph.build import build
+from nasgraph.build import build, build_graph
 from nasgraph.errors import DamagedFile, NotFinite
 from nasgraph.executors import InProcess
 from nasgraph.export import Exported, Request, export_many, verify
@@ -512,6 +514,17 @@ class TransformExam:
                 assert space.key(architecture) == space.key(plain[0])
                 assert torch.equal(build(space, architecture)(x), first(x))
 
+    def test_one_key_is_one_network_and_two_keys_are_two(self) -> None:
+        for space, x in self.spaces():
+            keys: dict[str, str] = {}
+            for architecture in space.enumerate():
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    graph = space.resolve(architecture)  # the settings as they were given
+                    network = behaviour(build_graph(space, graph), x)
+                assert keys.setdefault(space.key(architecture), network) == network, architecture
+            assert len(set(keys.values())) == len(keys), "settings without an effect: see Transform.canonical"
+
     def test_subnets_of_a_supernet_equal_their_extraction(self) -> None:
         for space, x in self.spaces():
             supernet = Supernet(space)
@@ -567,6 +580,29 @@ class TransformExam:
 
 def _generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
+
+
+def behaviour(model: nn.Module, x: Tensor) -> str:
+    """A digest of what ``model`` is: names and shapes of its parameters, buffers, results and gradients on ``x``.
+
+    Its parameters get numbers that their names decide, so networks are compared at equal weights.
+    """
+    digest = hashlib.sha256()
+    x = x.clone().requires_grad_(x.is_floating_point())
+    for name, parameter in sorted(model.named_parameters()):
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.requires_grad}".encode())
+    for training in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            out = model.train(training)(x)
+        wanted = [each for _, each in sorted(model.named_parameters()) if each.requires_grad]
+        inputs = [x, *wanted] if x.requires_grad else wanted
+        found = torch.autograd.grad(out.square().sum(), inputs, materialize_grads=True, allow_unused=True)
+        for tensor in (out, *found, *(buffer for _, buffer in sorted(model.named_buffers()))):
+            digest.update(tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _transformed(model: nn.Module) -> set[str]:

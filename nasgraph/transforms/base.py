@@ -9,8 +9,8 @@ without transforms, then each transform in the order slice, factors, mask, quant
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -42,6 +42,19 @@ class Transform:
     def neutral(self) -> bool:
         """Whether it changes nothing: such a transform is left out, so the network is the plain one bit for bit."""
         raise NotImplementedError
+
+    def canonical(self) -> Transform:
+        """The same network by other words: settings that have no effect beside the others are at their defaults.
+
+        Keys of architectures see this form only. So two settings have one if, on every layer, they make networks of the
+        same parameters and the same function; :meth:`with_defaults` helps to write it.
+        """
+        return self
+
+    def with_defaults(self, names: Iterable[str]) -> Any:
+        """The same transform, but the fields ``names`` have their defaults."""
+        usual: dict[str, Any] = {field.name: field.default for field in fields(self) if field.name in names}
+        return replace(self, **usual)
 
     def rewrite(self, layer: nn.Module) -> nn.Module:
         """``layer``, one of ``kinds``, rewritten: in place, or another module in its place."""
@@ -188,8 +201,19 @@ def simplified(op: ConcreteOp) -> ConcreteOp:
 
 
 def active(transforms: Sequence[ConcreteOp]) -> list[ConcreteOp]:
-    """Those that change anything."""
-    return [each for each in transforms if not each.make(**each.kwargs).neutral()]
+    """Those that change anything, in their canonical form, with the settings that are not at their defaults."""
+    found = []
+    for each in transforms:
+        made = each.make(**each.kwargs)
+        if not made.neutral():
+            found.append(ConcreteOp(each.make, settings(made.canonical()), each.label, each.is_call, each.takes))
+    return found
+
+
+def settings(transform: Transform) -> dict[str, Any]:
+    """What ``transform`` was given beside its defaults."""
+    given = {field.name: (getattr(transform, field.name), field.default) for field in fields(transform)}
+    return {name: value for name, (value, usual) in given.items() if type(value) is not type(usual) or value != usual}
 
 
 Transform.maker = staticmethod(transformed)

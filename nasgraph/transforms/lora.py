@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +88,28 @@ class Lora(Transform):
     def neutral(self) -> bool:
         """Rank 0."""
         return bool(self.rank == 0)
+
+    def canonical(self) -> Lora:
+        """See :class:`Transform`. One strength has several spellings; for one rank it gets one."""
+        every = ("alpha", "scale", "r_max", "kind", "dropout", "blocks")
+        if self.neutral():
+            unused: tuple[str, ...] = every
+        elif self.kind == "melora":
+            unused = ()
+        else:
+            unused = ("blocks",) if self.kind == "plain" else ("alpha", "scale", "r_max", "blocks")
+        found: Lora = self.with_defaults(unused)
+        return found if "alpha" in unused else replace(found, **self._strength(), dropout=float(self.dropout))
+
+    def _strength(self) -> dict[str, Any]:
+        """``alpha``, ``scale`` and ``r_max`` that give exactly the factor of the present ones."""
+        root = math.isqrt(self.rank)
+        scale, size = ("alpha/sqrt(r)", root) if root * root == self.rank else ("alpha/r", self.rank)
+        factor = SCALES[self.scale](self.alpha, self.rank, self.r_max)
+        as_given = {"alpha": float(self.alpha), "scale": self.scale}
+        if (self.scale == "alpha/sqrt(r)" and scale == "alpha/r") or factor * size / size != factor:
+            return as_given if self.scale == "alpha/r_max" else {**as_given, "r_max": None}
+        return {"alpha": factor * size, "scale": scale, "r_max": None}
 
     def rewrite(self, layer: nn.Module) -> nn.Module:
         """``layer`` with an adapter beside it, in place.

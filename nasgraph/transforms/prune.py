@@ -11,7 +11,7 @@ import math
 import re
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -81,7 +81,7 @@ class Prune(Transform):
             raise SpaceError(f"Prune: {self.structure} are chosen by magnitude, random or first, not {self.scores}")
         if self.structure not in SMALLER and self.scores == "first":
             raise SpaceError(f"Prune: the first are kept of {', '.join(SMALLER)}, not by a mask ({self.structure})")
-        if self.weights == "fixed" and self.scores in ("magnitude", "random"):
+        if self.weights == "fixed" and self.scores not in ("learned", "signed"):
             raise SpaceError(
                 f"Prune: nothing learns with fixed weights and {self.scores} scores: use learned or signed"
             )
@@ -89,6 +89,22 @@ class Prune(Transform):
     def neutral(self) -> bool:
         """Everything is kept, and trained as ever."""
         return bool(self.keep == 1.0 and self.scores != "signed" and self.weights == "trained")
+
+    def canonical(self) -> Prune:
+        """See the base."""
+        keep = None if self.keep is None else float(self.keep)
+        unused = ["seed"] if self.scores != "random" else []
+        if self.neutral():
+            unused = ["structure", "scores", "weights", "seed", "follow"]
+        elif self.structure != "channels":
+            unused += ["follow"]
+        if self.structure not in SMALLER:
+            if ":" in self.structure and keep != 1.0:
+                keep = None  # it says itself how many
+            elif keep is None or keep == 1.0:
+                unused += ["structure"]  # the threshold, or all
+        found: Prune = self.with_defaults(unused)
+        return replace(found, keep=keep)
 
     def apply(self, module: nn.Module) -> nn.Module:
         """See the base. Raises: SpaceError: ``structure`` is for models that already exist."""

@@ -101,7 +101,9 @@ class Quantize(Transform):
 
     def canonical(self) -> Quantize:
         """See :class:`Transform`."""
-        unused = [name for name in ("weight_bits", "activation_bits", "aggregation_bits") if getattr(self, name) in FLOAT]
+        unused = [
+            name for name in ("weight_bits", "activation_bits", "aggregation_bits") if getattr(self, name) in FLOAT
+        ]
         if "weight_bits" in unused:
             unused += ["method", "per", "group_size", "nested_bits"]
         elif self.weight_bits == 1:
