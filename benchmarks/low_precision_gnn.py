@@ -69,7 +69,9 @@ class SparseTask(NodeTask):
 
 def on_values(change: Any, x: Rows) -> Rows:
     """``change``, which keeps 0, on the entries that are not 0; it sees one 0 too, as there are zeros."""
-    old = x.features if x.operator is None else torch.sparse.mm(x.operator, x.features)
+    old = x.features
+    if x.operator is not None:  # in COO: MKL's product of two CSR matrices loses its memory at every call
+        old = torch.sparse.mm(x.operator.to_sparse_coo(), old.to_sparse_coo()).to_sparse_csr()
     values = change(F.pad(old.values(), (0, 1)))[:-1]
     return Rows(
         torch.sparse_csr_tensor(old.crow_indices(), old.col_indices(), values, old.shape, check_invariants=False)
