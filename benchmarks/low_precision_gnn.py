@@ -183,17 +183,17 @@ class Bench:
         bits = {node: int(str(network[f"weight_bits.{node}"])) for node in sizes}
         return float(sum(size * maps.get(str(network[n]), 2) * bits[n] for n, size in sizes.items()))
 
-    def differentiable(self, steps: int) -> Architecture:
-        """ProxylessNAS's gates over a supernet; the size aimed at is 1/16 of GCN's in float."""
+    def differentiable(self, steps: int, strength: float, aim: float) -> Architecture:
+        """ProxylessNAS's gates over a supernet; the size aimed at is 1/``aim`` of GCN's in float."""
         fixed: dict[str, Label] = {"input_dropout": 0.5, "dropout": 0.5, "activation": "relu", "depth": "1"}
         supernet = Supernet(self.space, self.task)
         found = two_path(
             supernet,
             steps,
             cost=self.weights,
-            reference=self.bits(formatted(PLAIN["gcn"], 32, 32)) / 16,
+            reference=self.bits(formatted(PLAIN["gcn"], 32, 32)) / aim,
             loss="sum",
-            strength=1.0,
+            strength=strength,
             alpha_lr=0.1,
             warmup=steps // 4,
             settings=SETTINGS,
@@ -214,11 +214,14 @@ def chosen(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return max(rows, key=lambda row: (statistics.mean(row["val"]), -row["bits"]))
 
 
-def measure(dataset: str, parts: Sequence[str], trials: int, steps: int, seeds: int, top: int, out: Path) -> None:
-    """``parts`` of one dataset. ``out`` is written after each part and what it holds already is not done again."""
+def measure(dataset: str, parts: Sequence[str], options: argparse.Namespace) -> None:
+    """``parts`` of one dataset. The file is written after each part and what it holds already is not done again."""
+    trials, seeds, top, out = options.trials, options.seeds, options.top, options.out
     bench = Bench(dataset, seeds)
     float_space = bench.space.narrowed({name: [32] for name in bench.space.choices if name.partition(".")[0] in KINDS})
-    asked = {"dataset": dataset, "trials": trials, "steps": steps, "seeds": seeds, "top": top}
+    asked = {"dataset": dataset, "trials": trials, "seeds": seeds, "top": top}
+    if GATED in parts:
+        asked |= {"steps": options.steps, "strength": options.strength, "aim": options.aim}
     found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {**asked, "seconds": {}}
     if {name: found.get(name) for name in asked} != asked:
         sys.exit(f"{out} was made with other settings: name another file")
@@ -248,7 +251,7 @@ def measure(dataset: str, parts: Sequence[str], trials: int, steps: int, seeds: 
             best = chosen(finals)
             once("uniform of float", lambda a=best["arch"]: bench.uniform(a))  # type: ignore[misc]
     if GATED in parts:
-        gated = once(GATED, lambda: dict(bench.differentiable(steps)))
+        gated = once(GATED, lambda: dict(bench.differentiable(options.steps, options.strength, options.aim)))
         once(f"{GATED}: retrained", lambda: [bench.judged(gated), bench.judged(formatted(gated, 32, 32))])
 
 
@@ -322,6 +325,8 @@ def main() -> None:
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--steps", type=int, default=100, help="of the differentiable search")
+    parser.add_argument("--strength", type=float, default=1.0, help="of its size term")
+    parser.add_argument("--aim", type=float, default=16.0, help="its size term is 0 at GCN's float bits over this")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--top", type=int, default=3)
     parser.add_argument(
@@ -348,7 +353,7 @@ def main() -> None:
             print(f"{options.dataset}: {check(planetoid(options.dataset), bench.space):.1e}")
             return
         parts = [PARTS[part] for part in options.parts]
-        measure(options.dataset, parts, options.trials, options.steps, options.seeds, options.top, options.out)
+        measure(options.dataset, parts, options)
 
 
 if __name__ == "__main__":
