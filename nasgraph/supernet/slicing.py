@@ -80,14 +80,15 @@ def by_head(module: nn.Module, name: str, shape: Shape) -> Shape:
 def kept(module: nn.Module, name: str, stored: Tensor, shape: Sequence[int]) -> Tensor:
     """Of a layer that was pruned to some of its channels: the entries that its ``kept_entries`` names, by axis.
 
-    What was added to it in the weight's shape (scores of a mask) is cut as the weight is.
+    What was added to it in the weight's shape (scores of a mask) is cut as the weight is. Other axes, as the ranks of
+    factors of a pruned layer, are cut to their first entries.
     """
     known: dict[str, tuple[Tensor | None, ...]] = module.kept_entries  # type: ignore[assignment]
     weight = known.get("weight", ())
     for axis, index in enumerate(known.get(name, weight if len(weight) == stored.dim() else ())):
         if index is not None:
             stored = stored.index_select(axis, index)
-    return stored
+    return leading(module, name, stored, shape)
 
 
 OWN_RULES = (leading, centred)

@@ -36,6 +36,7 @@ from nasgraph.supernet.variants import chosen, options, variants
 from nasgraph.training.loop import TrainSettings
 from nasgraph.training.policies import Policy
 from nasgraph.training.shared import train_shared
+from nasgraph.transforms.low_rank import sizes_only
 
 if TYPE_CHECKING:
     from nasgraph.ranking import RankReport
@@ -161,7 +162,8 @@ class Supernet:
         BatchNorm has the statistics of a new network: see :meth:`calibrated`.
         """
         structure = self._structure(Architecture(architecture))
-        model = build_graph(self.space, structure.graph, self.seed).to(self.device)
+        with sizes_only():  # the numbers are those of the store
+            model = build_graph(self.space, structure.graph, self.seed).to(self.device)
         own = dict(model.named_parameters())
         with torch.no_grad():
             for name, piece in self._slices(structure).items():
@@ -366,7 +368,7 @@ class Supernet:
         return Structure(graph, tuple(forms))
 
     def _module(self, step: Step, shapes: _Shapes) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), sizes_only():
             torch.default_generator.manual_seed(node_seed(self.seed, step.name))
             made = _made(step.op, shapes.channels(step.sources[0]))
             return Made(getattr(made.make, "light", made.make), made.kwargs)()

@@ -71,12 +71,12 @@ class Transform:
 
     @property
     def sizes_only(self) -> bool:
-        """Whether it makes layers of an existing model smaller and adds nothing; such are applied before their like."""
+        """Whether it makes layers of an existing model smaller and adds nothing; such are applied before all others."""
         return False
 
     @property
     def removes(self) -> bool:
-        """Whether it removes whole modules of an existing model; such are applied before all others."""
+        """Whether it removes whole modules of an existing model; such are applied first of all."""
         return False
 
     def removed(self, model: nn.Module) -> frozenset[str]:
@@ -185,8 +185,8 @@ def in_order(transforms: Sequence[Transform]) -> list[Transform]:
 
     def place(each: Transform) -> tuple[float, ...]:
         if each.removes:  # the outer ones first, so that all are chosen in the model as it was
-            return -1, each.where.count(".")
-        return each.order, not each.sizes_only
+            return 0, each.where.count(".")
+        return (1, 0) if each.sizes_only else (2, each.order)
 
     return sorted((each for each in transforms if not each.neutral()), key=place)
 

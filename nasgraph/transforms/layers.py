@@ -22,6 +22,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nasgraph.errors import SpaceError
+
 PLACES = ("on_input", "on_weight", "beside")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -112,7 +114,7 @@ KINDS: dict[type[nn.Module], type[Transformed]] = {
 def extended(layer: nn.Module) -> Transformed:
     """``layer`` with places for transforms, in place: its class changes, its parameters and their names do not.
 
-    Raises: TypeError: not one of ``KINDS``. ValueError: an embedding with ``max_norm``.
+    Raises: TypeError: not one of ``KINDS``. SpaceError: an embedding with ``max_norm``.
     """
     if isinstance(layer, Transformed):
         return layer
@@ -120,7 +122,9 @@ def extended(layer: nn.Module) -> Transformed:
     if kind is None:
         raise TypeError(f"{type(layer).__name__} is not one of {', '.join(k.__name__ for k in KINDS)}")
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        raise ValueError("an embedding with max_norm writes into its weight: make it without")
+        raise SpaceError(
+            "an embedding with max_norm writes into its weight: make it without, or leave it out by `where`"
+        )
     layer.__class__ = kind
     for place in PLACES:
         layer.add_module(place, nn.ModuleDict())
@@ -150,6 +154,8 @@ def plain_linears(module: nn.Module) -> nn.Module:
         linear = nn.Linear(layer.in_channels, layer.out_channels, bias, device="meta")
         linear.weight = layer.weight
         linear.bias = layer.bias
+        for name, buffer in layer.named_buffers(recurse=False):  # what record_inputs has seen
+            linear.register_buffer(name, buffer, persistent=name not in layer._non_persistent_buffers_set)
         module = swapped(module, layer, linear.train(layer.training))
     return module
 

@@ -9,20 +9,24 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
-from nasgraph.transforms.base import Transform, matches
+from nasgraph.transforms.base import Transform, each_option, matches
 from nasgraph.transforms.layers import CONVOLUTIONS, Transformed
+from nasgraph.transforms.shrink import STATISTIC
 
 KEEP = 2**26  # numbers of kept decompositions
 KEPT: OrderedDict[str, tuple[Tensor, ...]] = OrderedDict()
-STATISTIC = "input_mean_square"  # the buffer of a layer that :func:`record_inputs` gives it
+RECORD = ": call record_inputs(model, batches) on a trained model first, or take method 'svd'"
+SIZES_ONLY: ContextVar[bool] = ContextVar("sizes_only", default=False)
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,27 @@ class LowRank(Transform):
         """See :class:`~nasgraph.transforms.base.Transform`."""
         return self.rank is None
 
+    def check_declared(self, node: str) -> None:
+        """See the base. Raises: SpaceError: nobody has seen the inputs of a layer that is yet to be made."""
+        if self._weighs_inputs:
+            raise SpaceError(f"node '{node}': {_unseen('a layer that is yet to be made')}: take method 'svd'")
+
+    def tied(self, model: nn.Module, inputs: Sequence[Tensor] | None) -> frozenset[str]:
+        """See the base: nothing is tied. Raises: SpaceError: nobody has seen the inputs that are to be weighed."""
+        if self._weighs_inputs:
+            module = model.get_submodule(self.where)
+            layers = replace(self, where="*").targets(module)
+            for name, layer in module.named_modules():
+                if layer in layers and getattr(layer, STATISTIC, None) is None:
+                    where = f"{self.where}.{name}" if name else self.where
+                    raise SpaceError(_unseen(f"'{where}'") + RECORD)
+        return frozenset()
+
+    @property
+    def _weighs_inputs(self) -> bool:
+        ranks = [rank for rank in each_option(self.rank) if rank is not None]
+        return bool(ranks) and "activation" in each_option(self.method)
+
     def rewrite(self, layer: nn.Module) -> nn.Module:
         """See :class:`~nasgraph.transforms.base.Transform`."""
         assert isinstance(layer, (nn.Linear, *CONVOLUTIONS))
@@ -67,11 +92,12 @@ class LowRank(Transform):
         if self.method == "activation":
             scale = getattr(layer, STATISTIC, None)
             if scale is None:
-                raise SpaceError(
-                    "LowRank: method 'activation' weighs inputs that nobody has seen: call "
-                    "record_inputs(model, batches) on a trained model first, or take method 'svd'"
-                )
+                raise SpaceError(_unseen(f"'{self.where}'") + RECORD)
         return factorised(layer, self.rank, scale)
+
+
+def _unseen(what: str) -> str:
+    return f"LowRank: method 'activation' weighs the inputs of {what}, and nobody has seen them"
 
 
 class Factorised(nn.Module):
@@ -154,7 +180,23 @@ def factorised(
     second.weight = nn.Parameter(left.reshape(second.weight.shape).to(weight.dtype), trained)
     if layer.bias is not None:
         second.bias = nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+    _keep_entries(layer, first, second)
     return Factorised(first, second).train(layer.training)
+
+
+def _keep_entries(layer: nn.Module, first: nn.Module, second: nn.Module) -> None:
+    """Factors of a layer that was pruned have the same of its inputs and outputs: a supernet cuts theirs by that.
+
+    With groups only a depthwise layer can have been pruned: its rank is 1, and a channel is row and group of both.
+    """
+    known: dict[str, tuple[Tensor | None, ...]] = getattr(layer, "kept_entries", {})
+    if not known:
+        return
+    rows, columns, *_ = known["weight"]
+    rest = (None,) * (first.weight.dim() - 2)  # type: ignore[operator]
+    across = rows if getattr(layer, "groups", 1) > 1 else None  # ranks, else
+    first.kept_entries = {"weight": (across, columns, *rest)}  # type: ignore[assignment]
+    second.kept_entries = {"weight": (rows, None, *rest), "bias": (rows,)}  # type: ignore[assignment]
 
 
 def factors(matrices: Tensor, rank: int, d: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -163,27 +205,47 @@ def factors(matrices: Tensor, rank: int, d: Tensor | None = None) -> tuple[Tenso
     Shapes: ``(..., out, in)``, ``d`` ``(..., in)`` -> ``(..., out, rank)``, ``(..., rank, in)``, float32 or better.
     """
     matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    if SIZES_ONLY.get():
+        *outer, rows, columns = matrices.shape
+        return matrices.new_zeros(*outer, rows, rank), matrices.new_zeros(*outer, rank, columns)
     if d is None:
-        u, s, v = decomposed(matrices)
+        u, s, v = decomposed(matrices, rank)
     else:
         d = d.to(matrices.dtype)
         d = d.clamp_min(1e-6 * d.amax(-1, keepdim=True)).clamp_min(1e-12)  # a feature that is never there
-        u, s, v = decomposed(matrices * d.unsqueeze(-2))
+        u, s, v = decomposed(matrices * d.unsqueeze(-2), rank)
         v = v / d.unsqueeze(-2)
-    root = s[..., :rank].sqrt()
-    return (u[..., :rank] * root.unsqueeze(-2)).contiguous(), (root.unsqueeze(-1) * v[..., :rank, :]).contiguous()
+    root = s.sqrt()
+    return (u * root.unsqueeze(-2)).contiguous(), (root.unsqueeze(-1) * v).contiguous()
 
 
-def decomposed(matrices: Tensor) -> tuple[Tensor, ...]:
-    """Singular value decomposition; the last ones are kept, as a space asks for every rank of one weight."""
+def decomposed(matrices: Tensor, rank: int) -> tuple[Tensor, ...]:
+    """The leading ``rank`` terms of the singular value decomposition.
+
+    Of the last matrices the terms of the largest rank so far are kept, as a space asks for every rank of one weight.
+
+    Shapes: ``(..., out, in)`` -> ``(..., out, rank)``, ``(..., rank)``, ``(..., rank, in)``.
+    """
     key = hashlib.sha256(matrices.cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()
     key += f"/{tuple(matrices.shape)}/{matrices.dtype}/{matrices.device}"
-    if key not in KEPT:
-        KEPT[key] = tuple(torch.linalg.svd(matrices, full_matrices=False))
+    if key not in KEPT or KEPT[key][1].shape[-1] < rank:
+        u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+        KEPT[key] = u[..., :rank].clone(), s[..., :rank].clone(), v[..., :rank, :].clone()
     KEPT.move_to_end(key)
     while len(KEPT) > 1 and sum(part.numel() for parts in KEPT.values() for part in parts) > KEEP:
         KEPT.popitem(last=False)
-    return KEPT[key]
+    u, s, v = KEPT[key]
+    return u[..., :rank], s[..., :rank], v[..., :rank, :]
+
+
+@contextmanager
+def sizes_only() -> Iterator[None]:
+    """Meanwhile factors are zeros: for networks that get their numbers from elsewhere, such as those of a supernet."""
+    token = SIZES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        SIZES_ONLY.reset(token)
 
 
 def full_rank(layer: nn.Module) -> int:

@@ -13,6 +13,7 @@ from nasgraph.errors import SpaceError
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 VECTORS = ("bias", "running_mean", "running_var")  # one entry for each output
+STATISTIC = "input_mean_square"  # one entry for each input: what low_rank.record_inputs has seen
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Group:
         for cut in self.cuts:
             layer = model.get_submodule(cut.module)
             own = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
-            extra = sorted(own - {"weight", "num_batches_tracked", *VECTORS})
+            extra = sorted(own - {"weight", "num_batches_tracked", STATISTIC, *VECTORS})
             if extra:
                 raise SpaceError(f"'{cut.module}' also has '{extra[0]}', which cannot follow: shrink it before")
             _shrink(layer, cut, cut.entries(chosen, self.size))
@@ -128,6 +129,7 @@ def _axis(layer: nn.Module, end: str) -> int:
 
 def _shrink(layer: nn.Module, cut: Cut, entries: Tensor) -> None:
     tensors = {"weight": _axis(layer, cut.end)} | ({} if cut.end == "in" else dict.fromkeys(VECTORS, 0))
+    tensors |= {} if cut.end == "out" else {STATISTIC: 0}
     for name, axis in tensors.items():
         old = getattr(layer, name, None)
         if not isinstance(old, Tensor):

@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch_geometric.nn import GATConv, GCNConv, SAGEConv
+from torch_geometric.nn import Linear as PygLinear
 
 from nasgraph.build import build
 from nasgraph.errors import SpaceError
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
-from nasgraph.transforms import Lora, Quantize
+from nasgraph.transforms import Lora, Prune, Quantize
 from nasgraph.transforms.base import transformed
 from nasgraph.transforms.layers import extended
 from nasgraph.transforms.low_rank import Factorised, LowRank, decomposed, factorised, full_rank, rank_of, record_inputs
@@ -116,12 +117,33 @@ def test_frozen_and_half_precision_weights_give_such_factors() -> None:
     assert found.second.bias.data_ptr() != layer.bias.data_ptr()  # training one leaves the other
 
 
-def test_a_decomposition_is_computed_once() -> None:
-    weight = drawn(7, 5)
-    one, other = decomposed(weight), decomposed(weight.clone())
-    assert all(a is b for a, b in zip(one, other, strict=True))
-    for a, b in zip(decomposed(weight.double()), torch.linalg.svd(weight.double(), full_matrices=False), strict=True):
-        assert torch.equal(a, b)
+def test_a_decomposition_is_computed_once_for_each_larger_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda matrix, **how: calls.append(matrix) or svd(matrix, **how))
+    weight = drawn(7, 5, seed=11)
+    parts = {rank: decomposed(weight.clone(), rank) for rank in (3, 2, 5, 4)}
+    assert len(calls) == 2  # for 3 and for 5
+    for rank, (u, s, v) in parts.items():
+        whole_u, whole_s, whole_v = svd(weight, full_matrices=False)
+        assert torch.equal(u, whole_u[:, :rank]) and torch.equal(s, whole_s[:rank]) and torch.equal(v, whole_v[:rank])
+    assert decomposed(weight.double(), 5)[0].dtype is torch.float64 and len(calls) == 3
+
+
+def test_a_supernet_decomposes_each_weight_once_and_its_views_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(filled(nn.Linear(9, 8), 21), nn.ReLU(), filled(nn.Linear(8, 7), 22))
+    x = drawn(4, 9)
+    space = SearchSpace.from_module(model, [LowRank("*", rank=Choice("rank.{name}", [None, 2, 4, 0.9]))], inputs=x)
+    calls: list[Tensor] = []
+    svd = torch.linalg.svd
+    monkeypatch.setattr(torch.linalg, "svd", lambda matrix, **how: calls.append(matrix) or svd(matrix, **how))
+    supernet = Supernet(space)
+    assert 2 <= len(calls) <= 6
+    calls.clear()
+    for architecture in space.enumerate():
+        assert torch.equal(supernet.subnet(architecture).eval()(x), supernet.extract(architecture).eval()(x))
+        assert torch.equal(supernet.extract(architecture)(x), build(space, architecture)(x))  # nothing is trained yet
+    assert not calls
 
 
 def test_later_transforms_rewrite_the_factors() -> None:
@@ -181,9 +203,73 @@ def test_inputs_that_are_never_there_do_not_matter() -> None:
     torch.testing.assert_close(found(x), layer(x), rtol=1e-4, atol=1e-4)
 
 
-def test_activation_weights_need_statistics() -> None:
+def test_activation_weights_need_statistics_when_they_are_declared() -> None:
     with pytest.raises(SpaceError, match=r"call record_inputs\(model, batches\)"):
         transformed(nn.Linear(4, 4), [LowRank(rank=2, method="activation")])
+    model = nn.Sequential(filled(nn.Linear(4, 4)), nn.Sequential(filled(nn.Linear(4, 4)), PygLinear(4, 3)))
+    record_inputs(model, [(drawn(8, 4),)], "1.*")
+    method = Choice("method", ["svd", "activation"])
+    for where in ("*", "0"):
+        with pytest.raises(SpaceError, match=r"weighs the inputs of '0', and nobody has seen them: call record_inputs"):
+            SearchSpace.from_module(model, [LowRank(where, rank=Choice("rank", [None, 2]), method=method)])
+    SearchSpace.from_module(model, [LowRank("*", method=method)])  # no rank, nothing to weigh
+    space = SearchSpace.from_module(model, [LowRank("1", rank=Choice("rank", [None, 2]), method="activation")])
+    assert isinstance(space.model({"rank": 2})[1][1], Factorised)  # PyG's layer keeps what was seen
+    declared = SearchSpace("declared")
+    x = declared.input("x", torch.zeros(2, 4))
+    with pytest.raises(SpaceError, match="node 'a': LowRank: method 'activation' .* take method 'svd'"):
+        declared.add("a", Op(nn.Linear, out_features=4), x, transforms=[LowRank(rank=2, method=method)])
+
+
+# ---- of layers that channels are removed from -----------------------------------------------------------------------
+
+
+class Narrowing(nn.Module):
+    """A sum ties two convolutions; a depthwise one follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = filled(nn.Conv2d(3, 8, 3, padding=1), 1), filled(nn.Conv2d(3, 8, 1), 2)
+        self.norm, self.deep = nn.BatchNorm2d(8), filled(nn.Conv2d(8, 8, 3, padding=1, groups=8), 3)
+        self.hidden, self.head = filled(nn.Linear(8, 12), 4), filled(nn.Linear(12, 5), 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deep(torch.relu(self.norm(self.one(x) + self.two(x)))).mean((2, 3))
+        out: Tensor = self.head(torch.relu(self.hidden(x)))
+        return out
+
+
+@pytest.mark.parametrize("method", ["svd", "activation"])
+def test_factors_of_a_layer_that_loses_channels(method: str) -> None:
+    """Channels go first, then what is left is decomposed; in a supernet both factors are cut to the same channels."""
+    model, x = Narrowing().eval(), drawn(4, 3, 6, 6)
+    record_inputs(model, [(x,)])
+    rules = [
+        LowRank("*", rank=Choice("rank.{name}", [None, 2, 1000]), method=method),
+        Prune("(one|hidden)", structure="channels", keep=Choice("keep.{name}", [0.5, 1.0])),
+        Quantize("(two|head)", weight_bits=Choice("bits", [4, 32])),
+    ]
+    space = SearchSpace.from_module(model, rules, inputs=x)
+    least = {name: choice.labels[0] for name, choice in space.choices.items()} | {"bits": 32}
+    thin = build(space, least).eval()
+    whole = build(space, least | {name: 1000 for name in least if name.startswith("rank")}).eval()
+    torch.testing.assert_close(whole(x), thin(x), rtol=1e-3, atol=1e-3)  # at full rank it is the pruned model
+    assert whole.model.hidden.second.out_features == 6 and whole.model.head.first.in_features == 6
+
+    supernet = Supernet(space)
+    pruned = least | {"rank.one": 2, "rank.deep": 2, "rank.hidden": 2, "rank.head": 2}
+    rng = random.Random(0)
+    for architecture in [pruned, *(space.sample(rng) for _ in range(15))]:
+        alone = supernet.extract(architecture).eval()
+        assert torch.equal(alone(x), supernet.subnet(architecture).eval()(x))
+        assert list(alone.state_dict()) == list(build(space, architecture).state_dict())
+    found, full = supernet.extract(pruned).model, supernet.extract(pruned | {"keep.one": 1.0, "keep.hidden": 1.0}).model
+    rows = build(space, least).model.hidden.kept_entries["weight"][0]
+    assert torch.equal(found.hidden.second.weight, full.hidden.second.weight[rows])
+    assert torch.equal(found.hidden.second.bias, full.hidden.second.bias[rows])
+    assert torch.equal(found.head.first.weight, full.head.first.weight[:, rows])
+    channels = build(space, least).model.deep.kept_entries["weight"][0]
+    assert torch.equal(found.deep.first.weight, full.deep.first.weight[channels])
 
 
 # ---- in a space ---------------------------------------------------------------------------------------------------
