@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from nasgraph.errors import ExportError
-from nasgraph.transforms.deploy import Deployed, StoredWeight
+from nasgraph.export import packed
+from nasgraph.export.base import Outgoing, Written
+from nasgraph.transforms.deploy import Deployed, StoredWeight, deploy
+
+FILE = "torchao.json"
+RELOAD = f"""{packed.RELOAD.replace("def load(path)", "def plain(path)")}
+def load(path):
+    import json
+
+    from torchao.core.config import config_from_dict
+    from torchao.quantization import quantize_
+
+    model = plain(path[: -len({FILE!r})] + {packed.FILE!r})
+    with open(path, encoding="utf-8") as file:
+        quantize_(model, config_from_dict(json.load(file)), filter_fn=None)
+    return model
+"""
+
+
+def export(outgoing: Outgoing, folder: Path) -> Written:
+    """Write ``torchao.json``, to be read by ``torchao.core.config.config_from_dict``, and the files of ``packed``.
+
+    The model that ``packed_model.load()`` gives, quantised by it, is what the file is compared with, not the live one.
+
+    Raises: ExportError: as :func:`torchao_config`; or no code can make the model.
+    """
+    deployed = deploy(outgoing.model)
+    config = torchao_config(deployed)
+    from torchao.core.config import config_to_dict
+    from torchao.quantization import quantize_
+
+    beside = packed.export(outgoing, folder)
+    if beside.expected is not None:
+        raise ExportError("torchao.json needs a model to quantise, and no code can make this one: give the space make=")
+    (folder / FILE).write_text(json.dumps(config_to_dict(config), indent=1), encoding="utf-8")
+    quantize_(deployed.model, config, filter_fn=None)
+    detail = f"for the model of {packed.CODE}; torchao finds scales of its own"
+    return Written(folder / FILE, RELOAD, tolerance=0.0, detail=detail, expected=deployed.model)
 
 
 def torchao_config(deployed: Deployed) -> Any:
