@@ -28,6 +28,7 @@ from nasgraph.supernet.variants import _ways
 from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
 from nasgraph.transforms.flow import flow
 from nasgraph.transforms.layers import plain_linears
+from nasgraph.tryout import check_rules
 
 if TYPE_CHECKING:
     import networkx
@@ -229,6 +230,7 @@ def from_module(
     if inputs is not None:
         space.base.result = _result(space)
     _check_tied(space, [each.make(**each.kwargs) for each in transforms])
+    check_rules(space, pairs)
     return space
 
 

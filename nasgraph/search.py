@@ -32,6 +32,7 @@ from nasgraph.samplers import make_sampler
 from nasgraph.screen import ScreenRow, ScreenTable, screen, survivors
 from nasgraph.space import Architecture
 from nasgraph.study import TrialRecord
+from nasgraph.tryout import check_space
 from nasgraph.workers import BASELINE_PROXIES, Parts, Worker, parts, rank_by
 
 # What may be changed when a run goes on: how long and with what, never what is searched.
@@ -58,6 +59,7 @@ def start(settings: Config, folder: Path, quiet: bool = False) -> int:
         _check_plugins(settings)
         made = parts(settings)
         made.space.sample(random.Random(settings.seed))  # a constraint that nothing meets costs no training
+        check_space(made.space)
         _known(settings, made)
         warm_start.check(settings.search.warm_start, made)
         learner = _learner(settings, made, folder)

@@ -190,13 +190,17 @@ class SearchSpace:
         if not isinstance(transforms, list | tuple):
             raise SpaceError(f"node '{name}': transforms are a list such as [Quantize(weight_bits=4)]")
         if transforms:
+            from nasgraph.tryout import check_kinds
+
             for each in transforms:
                 if isinstance(each, type) or not hasattr(each, "check_declared"):
                     says = f"transforms are a list such as [Quantize(weight_bits=4)], and {each!r} is none"
                     raise SpaceError(f"node '{name}': {says}")
                 each.check_declared(name)
             made = named([as_op(each) for each in transforms], name, {})
-            op = _with_transforms(op, type(transforms[0]).maker, made, name)
+            rewritten = _with_transforms(op, type(transforms[0]).maker, made, name)
+            check_kinds(name, op, transforms)
+            op = rewritten
         for operation in self._options(op, Op, f"node '{name}': the operation"):
             self._register(operation.kwargs, f"node '{name}'")
         for source in sources:

@@ -21,6 +21,10 @@ from nasgraph.space import ConcreteOp
 from nasgraph.transforms.layers import KINDS, is_pyg_linear, plain_linears, swapped, without_shortcuts
 
 
+class CannotRewrite(SpaceError):
+    """A transform that refuses a layer."""
+
+
 @dataclass(frozen=True)
 class Transform:
     """Base of all transforms. A subclass is a frozen dataclass: its fields are plain values, or choices of them.
@@ -104,6 +108,10 @@ class Transform:
             raise SpaceError(self._nothing(module))
         return found
 
+    def check_kind(self, module: nn.Module) -> None:
+        """Raises: SpaceError: ``module`` has nothing that it could rewrite, whatever the sizes are."""
+        self.targets(module)
+
     def fits(self, module: nn.Module) -> bool:
         """Whether a pattern that fits ``module`` means it, and not one that holds it."""
         return self.can_rewrite(module)
@@ -158,7 +166,10 @@ def transformed(op: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
     if active:
         module = plain_linears(module)
     for transform in active:
-        module = transform.apply(module)
+        try:
+            module = transform.apply(module)
+        except SpaceError as error:
+            raise CannotRewrite(str(error)) from error
     return without_shortcuts(module)
 
 
@@ -174,7 +185,11 @@ def rewritten(model: nn.Module, transforms: Sequence[Transform]) -> nn.Module:
     for transform in active_:
         if transform.where in before - left:
             continue
-        model = transform.apply_to_model(model, transform.where)
+        try:
+            model = transform.apply_to_model(model, transform.where)
+        except SpaceError as error:
+            known = f"'{transform.where}'" in str(error)
+            raise CannotRewrite(str(error) if known else f"'{transform.where}': {error}") from error
         if transform.removes:
             left = {name for name, _ in model.named_modules()}
     return without_shortcuts(model)

@@ -122,9 +122,7 @@ def extended(layer: nn.Module) -> Transformed:
     if kind is None:
         raise TypeError(f"{type(layer).__name__} is not one of {', '.join(k.__name__ for k in KINDS)}")
     if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
-        raise SpaceError(
-            "an embedding with max_norm writes into its weight: make it without, or leave it out by `where`"
-        )
+        raise SpaceError("an embedding with max_norm writes into its weight: make it without, or do not name it")
     layer.__class__ = kind
     for place in PLACES:
         layer.add_module(place, nn.ModuleDict())

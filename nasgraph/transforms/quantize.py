@@ -132,20 +132,31 @@ class Quantize(Transform):
         if not (self.weight_bits in FLOAT and self.activation_bits in FLOAT):
             module = super().apply(module)
         if self.aggregation_bits not in FLOAT:
-            found = [layer for name, layer in message_passing(module) if matches(self.where, name)]
-            if not found:
-                there = ", ".join(name or "the operation itself" for name, _ in message_passing(module)) or "none"
-                raise SpaceError(
-                    f"Quantize: aggregation_bits needs a PyG convolution (MessagePassing) at '{self.where}' of "
-                    f"{type(module).__name__}; there is: {there}"
-                )
-            for layer in found:
+            for layer in self.aggregating(module):
                 if isinstance(layer, QuantizedAggregation):
                     raise SpaceError(f"Quantize: the aggregation of {type(layer).__name__} is quantised twice")
                 layer.__class__ = with_quantized_aggregation(type(layer))  # type: ignore[arg-type]
                 layer.fuse = False  # type: ignore[assignment]  # a fused product would pass by `aggregate`
                 layer.add_module("on_aggregate", ActivationQuantizer(self.aggregation_bits, self.activations == "lsq"))
         return module
+
+    def check_kind(self, module: nn.Module) -> None:
+        """See :class:`Transform`."""
+        if not (self.weight_bits in FLOAT and self.activation_bits in FLOAT):
+            self.targets(module)
+        if self.aggregation_bits not in FLOAT:
+            self.aggregating(module)
+
+    def aggregating(self, module: nn.Module) -> list[nn.Module]:
+        """The PyG convolutions of ``module`` at ``where``. Raises: SpaceError: there are none."""
+        found = [layer for name, layer in message_passing(module) if matches(self.where, name)]
+        if not found:
+            there = ", ".join(name or "the operation itself" for name, _ in message_passing(module)) or "none"
+            raise SpaceError(
+                f"Quantize: aggregation_bits needs a PyG convolution (MessagePassing) at '{self.where}' of "
+                f"{type(module).__name__}; there is: {there}"
+            )
+        return found
 
     def rewrite(self, layer: nn.Module) -> nn.Module:
         """See :class:`Transform`."""
@@ -180,5 +191,6 @@ def one_of(transform: Transform, field: str, values: Iterable[Any], way_out: str
 def once(place: nn.ModuleDict, layer: nn.Module) -> nn.ModuleDict:
     """``place``, where no quantiser may be yet. Raises: SpaceError: there is one."""
     if "quantize" in place:
-        raise SpaceError(f"Quantize: {layer} is quantised twice: let the patterns of `where` not overlap")
+        kind = type(layer).__name__.removeprefix("Transformed")
+        raise SpaceError(f"Quantize: a {kind} layer is quantised twice: let the patterns of `where` not overlap")
     return place
