@@ -1,21 +1,29 @@
-"""Searched widths and keep ratios against uniform ones, magnitude against random masks: at equal cost.
+"""Fronts of accuracy against arithmetic and against kept weights: searched widths and keep ratios beside simple ways.
 
-NASGRAPH_DATA=... OMP_NUM_THREADS=1 python benchmarks/pruning.py digits_images  (or mnist, cifar10)
+    export NASGRAPH_DATA=~/data OMP_NUM_THREADS=1
+    python benchmarks/pruning.py digits_images results/benchmarks/pruning_digits_images.json   (or mnist, cifar10)
+    python benchmarks/pruning.py --report results/benchmarks/pruning_*.json
+    python benchmarks/pruning.py --plot results/benchmarks/pruning.svg results/benchmarks/pruning_*.json
 
-Per seed one supernet over widths and keep ratios (sandwich rule) scores candidates. NSGA-II and random search get
-equally many of its scores. What they pick within a budget, and the uniform networks of the same budget, are then
-trained alike: without masks first, then with them. Budgets count multiply-adds of kept weights (a sparse kernel's).
+Per seed one supernet over widths and keep ratios (sandwich rule) scores candidates for all budgets. NSGA-II and random
+search get equally many of its scores; the best few of each within a budget are trained, and the best of them on
+validation is the search's network. All networks of the tables are trained alike: without masks first, then with them.
+Arithmetic counts multiply-adds of kept weights (a sparse kernel's). Seeds that the file has are not run again.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
+import json
+import platform
 import random
 import sys
 import time
 import warnings
-from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,8 +33,9 @@ from scipy.stats import ttest_rel
 from torch import nn
 
 from nasgraph import registry
+from nasgraph.allocation.pruning import keep_costs, keep_ratios, keep_sensitivity
+from nasgraph.allocation.sparse_training import annealed_masks, fewer_groups
 from nasgraph.build import build
-from nasgraph.objectives.sparsity import count_kept_flops, count_kept_parameters
 from nasgraph.samplers.genetic import NSGAIISampler
 from nasgraph.search_spaces.prune_cnn import prune_cnn
 from nasgraph.space import Architecture, SearchSpace
@@ -34,207 +43,397 @@ from nasgraph.supernet import Supernet
 from nasgraph.tasks.images import ImageTask
 from nasgraph.training import TrainSettings
 from nasgraph.training.policies import Sandwich
-from nasgraph.transforms.prune import kept_weights
+from nasgraph.transforms.structured import groups
 
-SEEDS, TRIALS, BUDGETS, SPARSITY = 5, 100, (0.25, 0.1), 0.125
-KEEPS = (0.0625, 0.125, 0.25, 0.5, 1.0)
+BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.5)  # of the dense network's multiply-adds, or of its convolutions' weights
+TRIALS, FINALISTS, CALIBRATION = 200, 3, 256
+WIDTHS, WIDEST = (4, 6, 8, 10, 12, 16), 16
+KEEPS = (0.03, 0.06, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
+FINE = tuple(float(ratio) for ratio in np.geomspace(0.01, 1, 41))  # what the knapsack chooses from
 TASKS: dict[str, dict[str, Any]] = {
-    "digits_images": {"task": {}, "layers": 2, "widths": (4, 8, 12, 16), "epochs": (10, 10), "supernet": 15},
-    "mnist": {"task": {"train_samples": 1000}, "layers": 3, "widths": (4, 8, 12, 16), "epochs": (6, 6), "supernet": 10},
+    "digits_images": {"task": {}, "layers": 2, "epochs": (10, 10), "supernet": 30, "sparse_training": True},
+    "mnist": {"task": {"train_samples": 1000, "val": 0.05}, "layers": 3, "epochs": (6, 6), "supernet": 20},
     "cifar10": {
-        "task": {"flip": True},
+        "task": {"train_samples": 2000, "val": 0.1, "flip": True},
         "layers": 3,
-        "widths": (8, 16, 24, 32),
-        "epochs": (10, 10),
+        "epochs": (4, 4),
         "supernet": 10,
     },
 }
+FIRST, AFTER = (TrainSettings(epochs=1, lr=lr, weight_decay=1e-4) for lr in (0.01, 0.003))
+NSGA, RANDOM, GRID = "NSGA-II", "random search", "supernet's ratios"
+
+Found = list[tuple[Architecture, float, float, float]]  # architecture, supernet's accuracy, shares of FLOPs and weights
 
 
 class Bench:
     """One seed on one task."""
 
-    def __init__(self, name: str, seed: int) -> None:
-        self.given, self.seed = TASKS[name], seed
+    def __init__(self, name: str, seed: int, trials: int = TRIALS, finalists: int = FINALISTS) -> None:
+        self.given, self.seed, self.trials, self.finalists = TASKS[name], seed, trials, finalists
         self.task: ImageTask = registry.make("tasks", name, self.given["task"])
-        self.space = self.made(self.given["widths"], KEEPS)
-        self.names = [f"{what}{i}" for i in range(1, self.given["layers"] + 1) for what in ("width", "keep")]
-        self.ends = [{n: self.space.choices[n].labels[end] for n in self.names} for end in (-1, 0)]
-        self.full = self.flops(self.ends[0], self.space)
-        self.dense: dict[tuple[Any, ...], dict[str, torch.Tensor]] = {}
+        self.layers = range(1, self.given["layers"] + 1)
+        self.space = self.made(WIDTHS, KEEPS)
+        self.ends = [
+            self.network([w] * len(self.layers), [k] * len(self.layers))
+            for w, k in ((WIDEST, 1.0), (WIDTHS[0], KEEPS[0]))
+        ]
+        self.full = self.size(self.ends[0])
+        self.dense: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
+        self.kept: dict[tuple[Architecture, str], tuple[float, nn.Module]] = {}
+        self.supernet = Supernet(self.space, self.task, seed=seed)
 
-    def made(self, widths: tuple[int, ...], keeps: tuple[float, ...], scores: str = "magnitude") -> SearchSpace:
+    def made(self, widths: Sequence[int], keeps: Sequence[float], scores: str = "magnitude") -> SearchSpace:
         """The space over other widths and ratios."""
-        return prune_cnn(
-            **self.task.sizes, layers=self.given["layers"], widths=widths, keeps=keeps, scores=scores, seed=self.seed
-        )
+        given = {"layers": len(self.layers), "widths": widths, "keeps": keeps, "scores": scores, "seed": self.seed}
+        return prune_cnn(**self.task.sizes, **given)
 
-    def flops(self, arch: Mapping[str, Any], space: SearchSpace) -> int:
-        """Multiply-adds of kept weights, times 2."""
-        return count_kept_flops(build(space, arch), self.task.inputs)
+    def network(self, widths: Iterable[int], keeps: Iterable[float]) -> Architecture:
+        """Of any widths and ratios."""
+        named = [(f"width{i}", w) for i, w in zip(self.layers, widths, strict=True)]
+        return Architecture(dict(named + [(f"keep{i}", k) for i, k in zip(self.layers, keeps, strict=True)]))
 
-    def trained_supernet(self) -> Supernet:
-        """By the sandwich rule from the largest network without masks to the smallest with the fewest weights."""
-        supernet = Supernet(self.space, self.task, seed=self.seed)
-        policy = Sandwich(self.space, *self.ends)
-        steps = self.given["supernet"] * len(self.task.epochs(0))
-        supernet.train(policy, steps, settings=TrainSettings(lr=0.003, weight_decay=1e-4), seed=self.seed, samples=64)
-        return supernet
+    def widths(self, arch: Mapping[str, Any]) -> tuple[int, ...]:
+        return tuple(arch[f"width{i}"] for i in self.layers)
 
-    def searched(self, supernet: Supernet) -> list[tuple[Architecture, float, int]]:
-        """What NSGA-II asked about: architecture, supernet's accuracy, kept FLOPs."""
-        found: list[tuple[Architecture, float, int]] = []
-        options = {n: list(self.space.choices[n].labels) for n in self.names}
+    def keeps(self, arch: Mapping[str, Any]) -> tuple[float, ...]:
+        return tuple(arch[f"keep{i}"] for i in self.layers)
+
+    def untrained(self, arch: Mapping[str, Any], scores: str = "magnitude") -> nn.Module:
+        """Also of widths and ratios that are not in the space."""
+        keeps = sorted({1.0, *self.keeps(arch)})
+        return build(self.made(sorted(set(self.widths(arch))), keeps, scores), arch, self.seed)
+
+    def size(self, arch: Mapping[str, Any]) -> tuple[float, float]:
+        """``kept_flops``, and kept weights of the convolutions."""
+        inner, pixels, flops, weights = self.task.sizes["image_channels"], self.task.sizes["image_size"], 0, 0
+        for width, keep in zip(self.widths(arch), self.keeps(arch), strict=True):
+            kept = max(1, round(keep * 9 * inner * width))
+            flops, weights, inner = flops + 2 * kept * pixels**2, weights + kept, width
+            pixels = pixels // 2 if pixels > 3 else pixels
+        return float(flops + 2 * inner * self.task.sizes["classes"]), float(weights)
+
+    def shares(self, arch: Mapping[str, Any]) -> tuple[float, float]:
+        """:meth:`size` over the dense network's."""
+        flops, weights = self.size(arch)
+        return flops / self.full[0], weights / self.full[1]
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def pretrain(self) -> None:
+        """Train the supernet by the sandwich rule, from the dense network to the smallest with the fewest weights."""
+        steps, settings = self.given["supernet"] * len(self.task.epochs(0)), AFTER
+        self.supernet.train(Sandwich(self.space, *self.ends), steps, settings=settings, seed=self.seed, samples=64)
+
+    def fit(self, model: nn.Module, phase: int) -> None:
+        """Without masks (0) or with them (1)."""
+        self.task.fit(model, replace((FIRST, AFTER)[phase], epochs=self.given["epochs"][phase]), self.seed)
+
+    def unpruned(self, widths: tuple[int, ...]) -> dict[str, torch.Tensor]:
+        """Weights of the network of ``widths`` after training without masks."""
+        if widths not in self.dense:
+            model = self.untrained(self.network(widths, [1.0] * len(widths)))
+            self.fit(model, 0)
+            self.dense[widths] = model.state_dict()
+        return self.dense[widths]
+
+    def trained(self, arch: Mapping[str, Any], scores: str = "magnitude") -> nn.Module:
+        """After training without masks, then with those of ``arch``; ``scores`` "annealed": magnitude, annealed."""
+        model = self.untrained(arch, scores if scores == "random" else "magnitude")
+        model.load_state_dict(self.unpruned(self.widths(arch)), strict=False)
+        if scores == "annealed":
+            steps = (self.given["epochs"][1] - 2) * len(self.task.epochs(0))  # the last two epochs with the mask itself
+            with annealed_masks(model, steps, self.seed, start=0.5):
+                self.fit(model, 1)
+        else:
+            self.fit(model, 1)
+        return model
+
+    def narrowed(self, arch: Architecture, how: str) -> nn.Module:
+        """The dense network cut to the widths of ``arch``: channels of most magnitude, or those of the envelope."""
+        full = self.network([WIDEST] * len(self.layers), [1.0] * len(self.layers))
+        model, widths = self.untrained(full), {f"conv{i}": arch[f"width{i}"] for i in self.layers}
+        if how == "envelope":
+            layers = {name: model.get_submodule(name) for name in widths}
+            with fewer_groups(layers, widths, self.given["epochs"][0] * len(self.task.epochs(0)) // 2):
+                self.fit(model, 0)
+        else:
+            model.load_state_dict(self.unpruned(self.widths(full)))
+        for name, width in widths.items():
+            group, weight = groups(model)[name], model.get_submodule(name).weight.detach()
+            own = weight.flatten(1).norm(dim=1) if how == "envelope" else group.importance(model)
+            group.keep(model, group.best(own, width))
+        self.fit(model, 1)
+        return model
+
+    def result(self, arch: Mapping[str, Any], scores: str = "magnitude") -> tuple[float, nn.Module]:
+        """Validation accuracy in % and the trained network."""
+        key = (Architecture(arch), scores)
+        if key not in self.kept:
+            model = self.narrowed(key[0], scores) if scores in ("envelope", "channels") else self.trained(arch, scores)
+            self.kept[key] = (100 * self.task.score(model, "val")["accuracy"], model)
+        return self.kept[key]
+
+    # ---- the searches -----------------------------------------------------------------------------------------------
+
+    def asked(self, archs: Sequence[Architecture]) -> Found:
+        """The supernet's scores."""
+        scores = self.supernet.evaluate(archs, CALIBRATION)
+        return [(arch, score, *self.shares(arch)) for arch, score in zip(archs, scores, strict=True)]
+
+    def searched(self) -> Found:
+        """What NSGA-II asked for."""
+        found: Found = []
 
         def objective(trial: optuna.Trial) -> tuple[float, float]:
-            arch = Architecture({n: trial.suggest_categorical(n, options[n]) for n in self.names})  # type: ignore[arg-type]
-            found.append((arch, supernet.evaluate([arch], 256)[0], self.flops(arch, self.space)))
-            return found[-1][1], float(found[-1][2])
+            labels = {name: list(choice.labels) for name, choice in self.space.choices.items()}
+            arch = Architecture({n: trial.suggest_categorical(n, options) for n, options in labels.items()})  # type: ignore[arg-type]
+            found.extend(self.asked([arch]))
+            return found[-1][1], found[-1][2]
 
-        sampler = NSGAIISampler(seed=self.seed, population_size=10)
+        sampler = NSGAIISampler(seed=self.seed, population_size=20)
         study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
-        study.optimize(objective, n_trials=TRIALS)
+        study.optimize(objective, n_trials=self.trials)
         return found
 
-    def drawn(self, supernet: Supernet) -> list[tuple[Architecture, float, int]]:
+    def drawn(self) -> Found:
         """As many at random."""
         rng = random.Random(self.seed)
-        archs = [self.space.sample(rng) for _ in range(TRIALS)]
-        scores = supernet.evaluate(archs, 256)
-        return [(a, score, self.flops(a, self.space)) for a, score in zip(archs, scores, strict=True)]
+        return self.asked([self.space.sample(rng) for _ in range(self.trials)])
 
-    def test(self, arch: Mapping[str, Any], scores: str = "magnitude") -> tuple[float, nn.Module]:
-        """Test accuracy in % after training without masks, then with those of ``arch``, of any widths and ratios."""
-        values = dict(arch)
-        widths = tuple(sorted({int(values[n]) for n in self.names if n.startswith("width")}))
-        keeps = tuple(sorted({1.0, *(values[n] for n in self.names if n.startswith("keep"))}))
-        space = self.made(widths, keeps, scores)
-        before, after = self.given["epochs"]
-        open_ = {n: 1.0 if n.startswith("keep") else values[n] for n in self.names}
-        key = tuple(open_.values())
-        if key not in self.dense:
-            model = build(space, open_, self.seed)
-            self.task.fit(model, TrainSettings(epochs=before, lr=0.01, weight_decay=1e-4), self.seed)
-            self.dense[key] = model.state_dict()
-        masked = build(space, values, self.seed)
-        masked.load_state_dict(self.dense[key], strict=False)
-        self.task.fit(masked, TrainSettings(epochs=after, lr=0.003, weight_decay=1e-4), self.seed)
-        return 100 * self.task.score(masked, "test")["accuracy"], masked
+    def gridded(self) -> Found:
+        """Full widths: as many ratios as the space has, or as the budget of scores allows."""
+        every = list(itertools.product(KEEPS, repeat=len(self.layers)))
+        random.Random(self.seed).shuffle(every)
+        return self.asked([self.network([WIDEST] * len(self.layers), keeps) for keeps in every[: self.trials]])
 
-    def uniform_keep(self, flops: float) -> dict[str, Any]:
+    def best(self, found: Found, budget: float, cost: int) -> list[Architecture]:
+        """The highest scores within the budget, of equals those that use more of it."""
+        fits = {arch: (score, share[cost]) for arch, score, *share in found if share[cost] <= budget}
+        return sorted(fits, key=fits.__getitem__, reverse=True)[: self.finalists]
+
+    # ---- simple ways ------------------------------------------------------------------------------------------------
+
+    def uniform_keep(self, budget: float, cost: int) -> Architecture:
         """Full widths and one ratio for all layers."""
-        low, high = 0.0, 1.0
+        low, high, full = 0.0, 1.0, [WIDEST] * len(self.layers)
         for _ in range(12):
             middle = (low + high) / 2
-            space = self.made(self.given["widths"][-1:], (middle,))
-            arch = {n: middle if n.startswith("keep") else self.given["widths"][-1] for n in self.names}
-            low, high = (middle, high) if self.flops(arch, space) <= flops else (low, middle)
-        return {n: low if n.startswith("keep") else self.given["widths"][-1] for n in self.names}
+            fits = self.shares(self.network(full, [middle] * len(full)))[cost] <= budget
+            low, high = (middle, high) if fits else (low, middle)
+        return self.network(full, [low] * len(full))
 
-    def global_magnitude(self, share: float) -> dict[str, Any]:
-        """Full widths, and the ratios that one threshold on all weights of the dense network gives."""
-        dense = self.dense[tuple(self.ends[0][n] for n in self.names)]
-        weights = [dense[f"conv{i}.weight"].abs().flatten() for i in range(1, self.given["layers"] + 1)]
-        least = torch.cat(weights).sort(descending=True).values[round(share * sum(map(len, weights))) - 1]
-        ratios = {f"keep{i}": float((w >= least).float().mean()) for i, w in enumerate(weights, 1)}
-        return {n: max(1e-3, ratios.get(n, 0)) if n in ratios else self.given["widths"][-1] for n in self.names}
-
-    def uniform_width(self, flops: float) -> dict[str, Any]:
-        """One width for all layers and no mask."""
-        best: dict[str, Any] = {}
-        for width in range(1, self.given["widths"][-1] + 1):
-            arch = {n: 1.0 if n.startswith("keep") else width for n in self.names}
-            if self.flops(arch, self.made((width,), (1.0,))) <= flops:
-                best = arch
+    def uniform_width(self, budget: float, cost: int) -> Architecture:
+        """No mask; one width for all layers, and one channel more in as many layers as the budget allows."""
+        best, most = None, 0.0
+        for width in range(1, WIDEST):
+            for more in itertools.product((0, 1), repeat=len(self.layers)):
+                arch = self.network([width + m for m in more], [1.0] * len(more))
+                share = self.shares(arch)[cost]
+                if most < share <= budget:
+                    best, most = arch, share
+        assert best is not None
         return best
 
+    def threshold(self, budget: float, cost: int) -> Architecture:
+        """Full widths, and the ratios that one threshold on all weights of the dense network gives."""
+        full = [WIDEST] * len(self.layers)
+        dense = self.unpruned(tuple(full))
+        weights = [dense[f"conv{i}.weight"].abs().flatten() for i in self.layers]
+        every, best = torch.cat(weights).sort(descending=True).values, None
+        for share in np.geomspace(0.005, 1, 200):
+            least = every[max(0, round(share * len(every)) - 1)]
+            arch = self.network(full, [max(1e-3, float((w >= least).float().mean())) for w in weights])
+            if self.shares(arch)[cost] > budget:
+                break
+            best = arch
+        assert best is not None
+        return best
 
-def run(name: str, seed: int) -> dict[tuple[str, str], tuple[float, float, float]]:
-    """By (budget, method): test accuracy in %, kept FLOPs over the dense network's, kept parameters."""
-    torch.set_num_threads(1)
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore")
-    start = time.process_time()
-    bench = Bench(name, seed)
-    supernet = bench.trained_supernet()
-    found = {"searched (NSGA-II)": bench.searched(supernet), "searched (random)": bench.drawn(supernet)}
-    full, rows = bench.full, {}
-
-    def row(budget: str, method: str, arch: Mapping[str, Any], scores: str = "magnitude") -> None:
-        accuracy, model = bench.test(arch, scores)
-        share = count_kept_flops(model, bench.task.inputs) / full
-        rows[budget, method] = accuracy, share, float(count_kept_parameters(model))
-        print(f"{name} seed {seed}: {budget}, {method}: {accuracy:.2f}", file=sys.stderr, flush=True)
-
-    row("dense", "all widths, no mask", bench.ends[0])
-    for share in BUDGETS:
-        budget = f"FLOPs <= {share:g}"
-        for method, scored in found.items():
-            fits = [entry for entry in scored if entry[2] <= share * full]
-            if fits:
-                best = max(fits, key=lambda entry: entry[1])[0]
-                row(budget, method, best)
-                if method == "searched (NSGA-II)":
-                    row(budget, "its widths and ratios, random masks", best, "random")
-        uniform = bench.uniform_keep(share * full)
-        row(budget, "uniform ratio, magnitude", uniform)
-        row(budget, "uniform ratio, random masks", uniform, "random")
-        row(budget, "uniform width, no mask", bench.uniform_width(share * full))
-    budget, widest = f"kept weights <= {SPARSITY:g}", bench.given["widths"][-1]
-    ratios = [n for n in bench.names if n.startswith("keep")]
-    candidates, dense = [], sum(layer.weight.numel() for layer in convolutions(build(bench.space, bench.ends[0])))
-    for labels in itertools.product(KEEPS, repeat=len(ratios)):
-        arch = Architecture({**{n: widest for n in bench.names}, **dict(zip(ratios, labels, strict=True))})
-        kept, of = kept_weights(build(bench.space, arch))  # of the layers with masks
-        if dense - (of - kept) <= SPARSITY * dense:
-            candidates.append(arch)
-    best = max(zip(supernet.evaluate(candidates, 256), range(len(candidates)), strict=True))[1]
-    picked = candidates[best]
-    uniform = {n: SPARSITY if n.startswith("keep") else widest for n in bench.names}
-    row(budget, f"best ratios of {len(KEEPS)}^{len(ratios)} by supernet", picked)
-    row(budget, "its ratios, random masks", picked, "random")
-    row(budget, "one threshold for all layers, magnitude", bench.global_magnitude(SPARSITY))
-    row(budget, "uniform ratio, magnitude", uniform)
-    row(budget, "uniform ratio, random masks", uniform, "random")
-    rows["", "CPU s"] = time.process_time() - start, 0.0, 0.0
-    return rows
+    def knapsack(self, budget: float, cost: int) -> Architecture:
+        """Full widths, and the ratios that the exact knapsack finds on what each spoils alone."""
+        full = [WIDEST] * len(self.layers)
+        model = self.untrained(self.network(full, [1.0] * len(full)))
+        model.load_state_dict(self.unpruned(tuple(full)))
+        spoilt = keep_sensitivity(model, [self.task.batch(512, self.seed)], FINE, where="conv*")
+        costs = keep_costs(model, self.task.inputs, FINE, "flops" if cost == 0 else "weights", where="conv*")
+        fixed = self.full[cost] - sum(of[FINE[-1]] for of in costs.values())  # of what is not pruned
+        ratios = keep_ratios(spoilt, costs, budget * self.full[cost] - fixed)
+        return self.network(full, [ratios[f"conv{i}"] for i in self.layers])
 
 
-def convolutions(model: nn.Module) -> list[nn.Conv2d]:
-    """All of them."""
-    return [layer for layer in model.modules() if isinstance(layer, nn.Conv2d)]
+def run(name: str, seed: int, **settings: int) -> dict[str, Any]:
+    """One seed. A row: budget's kind and size, method, test and validation accuracy, shares of FLOPs and weights."""
+    start, bench = time.process_time(), Bench(name, seed, **settings)
+    bench.pretrain()
+    spent = {"supernet": time.process_time() - start}
+    pools, grid = {NSGA: bench.searched(), RANDOM: bench.drawn()}, {GRID: bench.gridded()}
+    spent["scores"] = time.process_time() - start - spent["supernet"]
+    rows: list[list[Any]] = []
+
+    def row(kind: str, budget: float, method: str, arch: Architecture, scores: str = "magnitude") -> None:
+        val, model = bench.result(arch, scores)
+        test = 100 * bench.task.score(model, "test")["accuracy"]
+        rows.append([kind, budget, method, *(round(x, 4) for x in (test, val, *bench.shares(arch))), dict(arch)])
+        print(f"{name} seed {seed}: {kind} {budget:g}, {method}: {test:.2f}", file=sys.stderr, flush=True)
+
+    row("dense", 1.0, "all widths, no mask", bench.ends[0])
+    for cost, (kind, found) in enumerate({"FLOPs": pools, "weights": grid}.items()):
+        for budget in BUDGETS:
+            for method, scored in found.items():
+                best = bench.best(scored, budget, cost)
+                if best:
+                    chosen = max(best, key=lambda arch: bench.result(arch)[0])
+                    row(kind, budget, method, chosen)
+                    row(kind, budget, f"{method}, by score alone", best[0])
+                    if method != RANDOM:
+                        row(kind, budget, f"{method}, random masks", chosen, "random")
+            uniform, narrow = bench.uniform_keep(budget, cost), bench.uniform_width(budget, cost)
+            row(kind, budget, "knapsack, magnitude", bench.knapsack(budget, cost))
+            row(kind, budget, "one threshold, magnitude", bench.threshold(budget, cost))
+            row(kind, budget, "uniform ratio, magnitude", uniform)
+            row(kind, budget, "uniform ratio, random masks", uniform, "random")
+            row(kind, budget, "uniform width, no mask", narrow)
+            if kind == "FLOPs" and bench.given.get("sparse_training"):
+                row(kind, budget, "uniform ratio, annealed masks", uniform, "annealed")
+                row(kind, budget, "uniform width, cut by magnitude", narrow, "channels")
+                row(kind, budget, "uniform width, group envelope", narrow, "envelope")
+            bench.kept.clear()  # but not what networks without masks learned
+    spent["all"] = time.process_time() - start
+    return {"rows": rows, "cpu_seconds": {what: round(seconds, 1) for what, seconds in spent.items()}}
+
+
+# ---- tables and figure ----------------------------------------------------------------------------------------------
+
+
+def volume(points: Iterable[tuple[float, float]]) -> float:
+    """Mean over the logarithm of the budget, from the smallest to the largest, of the best accuracy within it.
+
+    ``points``: share and accuracy. The area below the front as steps, in %.
+    """
+    edges, total = np.log([*BUDGETS, BUDGETS[-1]]), 0.0
+    known = sorted((max(np.log(share), edges[0]), accuracy) for share, accuracy in points)
+    marks = [*dict.fromkeys(place for place, _ in known if place < edges[-1]), edges[-1]]
+    for left, right in itertools.pairwise(marks):
+        total += (right - left) * max(accuracy for place, accuracy in known if place <= left)
+    return float(total / (edges[-1] - edges[0]))
+
+
+def cells(found: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
+    """Of each method that is complete, share of ``kind`` and test accuracy ``(seeds, budgets, 2)``."""
+    place = 5 if kind == "FLOPs" else 6
+    table: dict[str, dict[tuple[str, float], tuple[float, float]]] = {}
+    for seed, result in found["seeds"].items():
+        for row in result["rows"]:
+            if row[0] == kind:
+                table.setdefault(row[2], {})[seed, row[1]] = (row[place], row[3])
+    keys = [(seed, budget) for seed in found["seeds"] for budget in BUDGETS]
+    shape = (len(found["seeds"]), len(BUDGETS), 2)
+    whole = {method: row for method, row in table.items() if all(key in row for key in keys)}
+    return {method: np.array([row[key] for key in keys]).reshape(shape) for method, row in whole.items()}
+
+
+def report(found: Mapping[str, Any]) -> str:
+    """Tables of one task, in Markdown."""
+    name, given, seeds = found["task"], TASKS[found["task"]], found["seeds"]
+    spent = [result["cpu_seconds"]["all"] for result in seeds.values()]
+    dense = np.array([row[3] for result in seeds.values() for row in result["rows"] if row[0] == "dense"])
+    lines = [
+        f"## {name} {given['task'] or ''}\n\n    python benchmarks/pruning.py {name} pruning_{name}.json\n",
+        f"{found['torch']}, one thread, {np.mean(spent):.0f} s of CPU per seed, {len(seeds)} seeds. {given['layers']} "
+        f"blocks; {given['epochs'][0]} epochs without masks,\nthen {given['epochs'][1]} with them; supernet "
+        f"{given['supernet']} epochs, {found['trials']} scores per search, {found['finalists']} finalists.\n"
+        f"Dense network: {dense.mean():.2f} ± {dense.std(ddof=1):.2f}.",
+    ]
+    for kind, what in (("FLOPs", "multiply-adds of the dense network"), ("weights", "the convolutions' weights")):
+        heads = " | ".join(f"{budget:g}" for budget in BUDGETS)
+        lines.append(f"\nAt most this share of {what}:\n\n| network | {heads} | mean | area | used | p |")
+        lines.append("|---|" + "---|" * (len(BUDGETS) + 4))
+        lead = None
+        for method, values in cells(found, kind).items():
+            accuracy = values[..., 1]
+            mean, spread = accuracy.mean(0), accuracy.std(0, ddof=1)
+            area = np.mean([volume(map(tuple, one)) for one in values])
+            used, p = (values[..., 0] / np.array(BUDGETS)).mean(), ""
+            lead = accuracy.mean(1) if lead is None else lead
+            if lead is not None and not np.array_equal(lead, accuracy.mean(1)):
+                p = f"{ttest_rel(lead, accuracy.mean(1), alternative='greater').pvalue:.3f}"
+            each = " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, spread, strict=True))
+            lines.append(f"| {method} | {each} | {mean.mean():.1f} | {area:.1f} | {used:.2f} | {p} |")
+    return "\n".join(lines) + "\n"
+
+
+COLOURS = ("#1f5fae", "#b8530b", "#2a7f3f", "#7a3ea0", "#111111", "#999999", "#c2185b")
+DRAWN = (NSGA, GRID, RANDOM, "knapsack, magnitude", "one threshold, magnitude", "uniform ratio, magnitude")
+DRAWN += ("uniform ratio, random masks", "uniform width, no mask")
+
+
+def plot(results: Sequence[Mapping[str, Any]]) -> str:
+    """An SVG: a row of two panels per task, mean test accuracy over the share, logarithmic."""
+    wide, high, parts = 430, 260, []
+    for down, found in enumerate(results):
+        for right, kind in enumerate(("FLOPs", "weights")):
+            lines = {m: v.mean(0)[:, 1] for m, v in cells(found, kind).items() if m in DRAWN}
+            low, top = min(map(min, lines.values())), max(map(max, lines.values()))
+            x0, y0, w, h = right * wide + 45, down * high + 30, wide - 70, high - 75
+
+            def x(share: float, x0: int = x0, w: int = w) -> float:
+                return x0 + w * float(np.log(share / BUDGETS[0]) / np.log(BUDGETS[-1] / BUDGETS[0]))
+
+            def y(value: float, y0: int = y0, h: int = h, low: float = low, top: float = top) -> float:
+                return y0 + h * float((top - value) / max(top - low, 1e-9))
+
+            parts.append(f'<text x="{x0}" y="{y0 - 12}" font-weight="bold">{found["task"]}, by {kind}</text>')
+            parts.append(f'<rect x="{x0}" y="{y0}" width="{w}" height="{h}" fill="none" stroke="#ccc"/>')
+            for value in np.linspace(low, top, 5):
+                parts.append(f'<text x="{x0 - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.0f}</text>')
+            for share in BUDGETS:
+                parts.append(f'<text x="{x(share):.1f}" y="{y0 + h + 15}" text-anchor="middle">{share:g}</text>')
+            for method, values in lines.items():
+                colour = COLOURS[max(0, DRAWN.index(method) - 1)]
+                dots = [(x(share), y(value)) for share, value in zip(BUDGETS, values, strict=True)]
+                path = " ".join(f"{a:.1f},{b:.1f}" for a, b in dots)
+                parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
+                parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in dots]
+    bottom = len(results) * high
+    for i, method in enumerate(DRAWN[1:]):
+        label = f"{NSGA} (FLOPs), {GRID} (weights)" if i == 0 else method
+        place = f'x="{20 + i % 3 * 280}" y="{bottom + 15 + i // 3 * 18}"'
+        parts.append(f'<text {place} fill="{COLOURS[i]}">● {label}</text>')
+    size = f'width="{2 * wide}" height="{bottom + 65}"'
+    style = 'font-family="sans-serif" font-size="11" style="background:#fff"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>\n' + "\n".join(parts) + "\n</svg>\n"
 
 
 def main() -> None:
-    name = sys.argv[1] if len(sys.argv) > 1 else "mnist"
-    with ProcessPoolExecutor(2) as pool:
-        runs = list(pool.map(run, [name] * SEEDS, range(SEEDS)))
-    seconds = [each.pop(("", "CPU s"))[0] for each in runs]
-    given = TASKS[name]
-    print(f"## {name} {given['task'] or ''}\n\n    OMP_NUM_THREADS=1 python benchmarks/pruning.py {name}\n")
-    print(
-        f"torch {torch.__version__}, one thread, {np.mean(seconds):.0f} s of CPU per seed, {SEEDS} seeds.\n"
-        f"{given['layers']} blocks, widths {given['widths']}, ratios {KEEPS}; {given['epochs'][0]} epochs without\n"
-        f"masks, then {given['epochs'][1]} with them; {TRIALS} supernet scores per search. Test accuracy in %, mean\n"
-        "and standard deviation over seeds; p: one-sided paired t-test that the first row of the budget is better.\n"
-    )
-    print("| budget | network | test accuracy | FLOPs of dense | parameters kept | p |\n|---|---|---|---|---|---|")
-    first: dict[str, str] = {}
-    for key in dict.fromkeys(key for each in runs for key in each):
-        have = [each for each in runs if key in each]
-        numbers = np.array([each[key] for each in have])
-        budget, method = key
-        lead = first.setdefault(budget, method)
-        p = ""
-        if lead != method and len(have) == SEEDS and all((budget, lead) in each for each in runs):
-            leads = [each[budget, lead][0] for each in runs]
-            p = f"{ttest_rel(leads, numbers[:, 0], alternative='greater').pvalue:.3f}"
-        spread = numbers[:, 0].std(ddof=1) if len(have) > 1 else 0.0
-        missing = "" if len(have) == SEEDS else f" ({len(have)} of {SEEDS} seeds)"
-        print(
-            f"| {budget} | {method}{missing} | {numbers[:, 0].mean():.2f} ± {spread:.2f} | {numbers[:, 1].mean():.3f} "
-            f"| {numbers[:, 2].mean():.0f} | {p} |"
-        )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=[*TASKS, []], default=[])
+    parser.add_argument("file", nargs="?", type=Path, help="results; seeds are added")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--report", type=Path, nargs="+", metavar="FILE")
+    parser.add_argument("--plot", type=Path, nargs="+", metavar="FILE", help="the SVG to write, then results")
+    given = parser.parse_args()
+    for path in given.report or []:
+        print(report(json.loads(path.read_text())))
+    if given.plot:
+        given.plot[0].write_text(plot([json.loads(path.read_text()) for path in given.plot[1:]]))
+    if not given.task or given.file is None:
+        return
+    torch.set_num_threads(1)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore")
+    known = {"task": given.task, "trials": TRIALS, "finalists": FINALISTS, "seeds": {}}
+    known |= {"torch": f"torch {torch.__version__}, Python {platform.python_version()}"}
+    for seed in given.seeds:
+        found = json.loads(given.file.read_text()) if given.file.exists() else known
+        if str(seed) not in found["seeds"]:
+            found["seeds"][str(seed)] = run(given.task, seed)
+            given.file.write_text(dumped(found))
+
+
+def dumped(found: Mapping[str, Any]) -> str:
+    """JSON with a line for each row."""
+    return json.dumps(found, indent=1).replace("\n     ", " ").replace("\n    ]", "]").replace("\n     }", "}")
 
 
 if __name__ == "__main__":

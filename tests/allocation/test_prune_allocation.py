@@ -1,17 +1,35 @@
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from nasgraph.allocation.knapsack import greedy, knapsack
-from nasgraph.allocation.pruning import annealed_mask, envelope_prox, group_step, repaired_mask
+from nasgraph.allocation.pruning import (
+    annealed_mask,
+    envelope_prox,
+    group_step,
+    keep_costs,
+    keep_ratios,
+    keep_sensitivity,
+    repaired_mask,
+)
+from nasgraph.allocation.sparse_training import annealed_masks, fewer_groups
+from nasgraph.build import build
+from nasgraph.errors import ConfigError
+from nasgraph.objectives.sparsity import count_kept_flops, count_kept_parameters
+from nasgraph.search_spaces.prune_cnn import prune_cnn
+from nasgraph.space import SearchSpace
+from nasgraph.tasks.batch import Batch
+from nasgraph.transforms.prune import Prune
 
 ITEMS = st.lists(
     st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), min_size=1, max_size=3), min_size=1, max_size=5
@@ -148,3 +166,124 @@ def test_repair_moves_entries_as_the_slow_version_does_and_reduces_the_error(see
         return ((weight * ~kept) @ mean).abs().mean().item()
 
     assert error(found) < error(mask)
+
+
+# ---- keep ratios --------------------------------------------------------------------------------------------------
+
+
+def small(keeps: tuple[float, ...] = (0.1, 0.5, 1.0), scores: str = "magnitude") -> SearchSpace:
+    return prune_cnn(classes=3, image_size=8, layers=2, widths=(6,), keeps=keeps, scores=scores)
+
+
+def images(n: int = 20) -> Batch:
+    rng = torch.Generator().manual_seed(1)
+    return Batch((torch.randn(n, 1, 8, 8, generator=rng),), torch.randint(0, 3, (n,), generator=rng))
+
+
+def test_what_a_ratio_spoils_is_the_correlation_with_a_network_that_is_pruned_there() -> None:
+    model = build(small(), {"width1": 6, "keep1": 1.0, "width2": 6, "keep2": 1.0}, seed=3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    table = keep_sensitivity(model, [images(), images(7)], (0.1, 0.5, 1.0), where="conv*")
+    assert list(table) == ["conv1", "conv2"] and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
+    inputs = torch.cat([images().inputs[0], images(7).inputs[0]])
+    whole = model.eval()(inputs).detach().double()
+    for name, row in table.items():
+        assert row[1.0] == 0.0 and min(row[0.1], row[0.5]) > 0
+        for ratio in (0.1, 0.5):
+            other = build(small(), {"width1": 6, "keep1": 1.0, "width2": 6, "keep2": 1.0}, seed=3).eval()
+            setattr(other, name, Prune(keep=ratio).rewrite(getattr(other, name)))
+            changed = other(inputs).detach().double()
+            pairs = [each - each.mean(1, keepdim=True) for each in (whole, changed)]
+            r = float(F.cosine_similarity(pairs[0].flatten(), pairs[1].flatten(), dim=0))
+            assert row[ratio] == pytest.approx(-math.log(r * r + 1e-4), rel=1e-6)
+    with pytest.raises(ConfigError, match="at 'dense'"):
+        keep_sensitivity(model, [images()], (0.5,), where="dense")
+
+
+def test_costs_are_what_the_objectives_count() -> None:
+    full = build(small(), {"width1": 6, "keep1": 1.0, "width2": 6, "keep2": 1.0})
+    flops = keep_costs(full, images(1).inputs, (0.1, 0.5, 1.0), where="conv*")
+    weights = keep_costs(full, images(1).inputs, (0.1, 0.5, 1.0), "weights", where="conv*")
+    fixed = count_kept_flops(full, images(1).inputs) - flops["conv1"][1.0] - flops["conv2"][1.0]
+    rest = count_kept_parameters(full) - weights["conv1"][1.0] - weights["conv2"][1.0]
+    for one, two in itertools.product((0.1, 0.5, 1.0), repeat=2):
+        model = build(small(), {"width1": 6, "keep1": one, "width2": 6, "keep2": two})
+        assert count_kept_flops(model, images(1).inputs) == fixed + flops["conv1"][one] + flops["conv2"][two]
+        assert count_kept_parameters(model) == rest + weights["conv1"][one] + weights["conv2"][two]
+    with pytest.raises(ValueError, match="give flops or weights"):
+        keep_costs(full, images(1).inputs, (0.5,), "bytes")
+
+
+def test_ratios_are_the_least_damage_within_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    ratios = (0.1, 0.3, 1.0)
+    damage = {name: dict(zip(ratios, sorted(rng.exponential(size=3), reverse=True), strict=True)) for name in "abc"}
+    costs = {
+        name: {ratio: float(ratio * size) for ratio in ratios} for name, size in zip("abc", (10, 40, 90), strict=True)
+    }
+    for budget in (14.0, 40.0, 75.0, 140.0):
+        found = keep_ratios(damage, costs, budget)
+        every = [dict(zip("abc", picked, strict=True)) for picked in itertools.product(ratios, repeat=3)]
+        fits = [each for each in every if sum(costs[name][ratio] for name, ratio in each.items()) <= budget]
+        assert found == min(fits, key=lambda each: sum(damage[name][ratio] for name, ratio in each.items()))
+    with pytest.raises(ValueError, match="more than the budget"):
+        keep_ratios(damage, costs, 13.0)
+    with pytest.raises(ValueError, match="layer 'a' at keep ratio 0.1 has no cost"):
+        keep_ratios(damage, {}, 13.0)
+
+
+# ---- training that ends sparse ------------------------------------------------------------------------------------
+
+
+def test_annealed_masks_fall_from_none_to_the_mask_and_leave_no_trace() -> None:
+    choices = {"width1": 6, "keep1": 0.1, "width2": 6, "keep2": 0.5}
+    model = build(small(), choices, seed=3)
+    plain = build(small(), {**choices, "keep1": 1.0, "keep2": 1.0}, seed=3)
+    x = images().inputs[0]
+    masked, whole = copy.deepcopy(model).train()(x), plain.train()(x)
+    with annealed_masks(model, steps=4, seed=0):
+        assert torch.equal(model.eval()(x), build(small(), choices, seed=3).eval()(x))  # no step
+        seen = [model.train()(x).detach() for _ in range(6)]
+    assert torch.equal(seen[0], whole) and torch.equal(seen[4], masked) and torch.equal(seen[5], masked)
+    assert not any(torch.equal(each, other) for each in seen[1:4] for other in (whole, masked))
+    assert torch.equal(model.train()(x), masked)
+    with annealed_masks(model, steps=4, seed=0):
+        again = [model.train()(x).detach() for _ in range(3)]
+    assert all(torch.equal(a, b) for a, b in zip(seen, again, strict=False))
+
+
+def test_masks_that_are_not_annealed_are_refused() -> None:
+    choices = {"width1": 6, "keep1": 0.5, "width2": 6, "keep2": 0.5}
+    for model, steps, message in (
+        (nn.Linear(3, 3), 4, "no layer"),
+        (build(small(scores="learned"), choices), 4, "learned scores"),
+        (build(small(), choices), 0, "steps is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message), annealed_masks(model, steps):
+            pass
+
+
+def test_groups_go_one_by_one_and_only_of_the_model_that_is_trained() -> None:
+    model = build(small((1.0,)), {"width1": 6, "keep1": 1.0, "width2": 6, "keep2": 1.0}, seed=3)
+    layers = {name: model.get_submodule(name) for name in ("conv1", "conv2")}
+    other = nn.Linear(2, 2)
+    own, others = torch.optim.Adam(model.parameters(), lr=0.01), torch.optim.Adam(other.parameters())
+    counts = []
+
+    def step() -> None:
+        for optimizer, loss in ((others, other(torch.ones(1, 2)).sum()), (own, images().loss(model))):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        counts.append(tuple(int((x.weight.flatten(1).norm(dim=1) > 0).sum()) for x in layers.values()))
+
+    with fewer_groups(layers, {"conv1": 2, "conv2": 5}, steps=6):
+        for _ in range(8):
+            step()
+    assert counts[5:] == [(2, 5)] * 3 and counts[0][0] > 2 and sorted(counts, reverse=True) == counts
+    weight = other.weight.clone()
+    step()
+    assert counts[-1] == (6, 6) and not torch.equal(other.weight, weight)
+    for budgets, message in (({"conv1": 2}, "budget None"), ({"conv1": 7, "conv2": 1}, "has 6 slices and budget 7")):
+        with pytest.raises(ConfigError, match=message), fewer_groups(layers, budgets, 6):
+            pass
