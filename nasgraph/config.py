@@ -112,12 +112,19 @@ class Differentiable(BaseModel):
 class WarmStart(_Keys):
     """First trials of a space with transforms: what each of their options breaks and costs, alone, without search."""
 
-    methods: list[Literal["sensitivity", "sqnr", "gradients", "stable_rank"]] = Field(
-        ["sensitivity", "gradients"], min_length=1, description="what tells; a choice is of the first that tells of it"
+    methods: list[Literal["sensitivity", "sqnr", "gradients", "stable_rank", "adalora", "dynamic_rank", "sora"]] = (
+        Field(
+            ["sensitivity", "gradients"],
+            min_length=1,
+            description="what tells; a choice is of the first that tells of it. The last three train to allocate ranks",
+        )
     )
     cost: str = Field("model_bits", description="the objective that is traded against what breaks")
-    n: int = Field(8, ge=1, description="trials around each architecture of start, or around one that is drawn")
-    samples: int = Field(256, ge=2, description="labelled training samples that all are measured on")
+    n: int = Field(
+        8, ge=1, description="trials around each architecture of start, or one that is drawn; as many of each allocator"
+    )
+    steps: int = Field(200, ge=10, description="of an allocator's training, with train.lr")
+    samples: int = Field(256, ge=2, description="labelled training samples that all are measured on; of a step")
 
 
 class Search(_Keys):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
+import torch
+
+from nasgraph.allocation.rank_starts import ALLOCATORS, rank_choices, rank_trials
 from nasgraph.allocation.starts import (
     Network,
     first_trials,
@@ -28,6 +31,12 @@ def check(wanted: WarmStart | None, made: Parts) -> None:
         return
     if not transform_choices(made.space):
         raise ConfigError(f"search.warm_start: space '{made.space.name}' has no transform with a choice: leave it out")
+    allocators = [name for name in wanted.methods if name in ALLOCATORS]
+    if allocators and not rank_choices(made.space):
+        raise ConfigError(
+            f"search.warm_start.methods: '{allocators[0]}' allocates ranks of Lora, and space '{made.space.name}' has "
+            "no choice of one: leave it out"
+        )
     if find_objective(wanted.cost).direction != "minimize":
         raise ConfigError(f"search.warm_start.cost: '{wanted.cost}' is no cost: choose one that is minimised")
 
@@ -39,7 +48,7 @@ def warm_start(
     network: Network | None,
     seed: int,
 ) -> list[Architecture]:
-    """``wanted.n`` architectures around each of ``known``, or around one that is drawn.
+    """``wanted.n`` architectures around each of ``known``, or around one that is drawn; as many of each allocator.
 
     Args:
         network: makes networks with trained weights; None: those of a space over a model have them, and in a declared
@@ -52,11 +61,20 @@ def warm_start(
     def cost(architecture: Architecture) -> float:
         return float(objective.measure(Candidate(made.space, architecture, made.task, made.settings, (seed,))))
 
+    tables = [name for name in wanted.methods if name not in ALLOCATORS]
     found: dict[Architecture, None] = {}
     for start in {reference(made.space, given): None for given in known or [None]}:  # type: ignore[list-item]
         makes = network or _trained(made, start, seed)
-        trials = first_trials(made.space, makes, start, batch, cost, wanted.methods, wanted.n)
-        found.update(dict.fromkeys(trials))
+        if tables:
+            found.update(dict.fromkeys(first_trials(made.space, makes, start, batch, cost, tables, wanted.n)))
+        for method in wanted.methods:
+            if method in ALLOCATORS:
+                batches = [made.task.batch(wanted.samples, seed + step) for step in range(wanted.steps)]
+                lr, n = made.settings.lr, wanted.n
+                with torch.random.fork_rng():
+                    torch.manual_seed(seed)
+                    trials = rank_trials(made.space, makes, start, batches, method, cost, n, lr)
+                found.update(dict.fromkeys(trials))
     return list(found)
 
 

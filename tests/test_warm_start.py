@@ -14,7 +14,7 @@ from nasgraph.config import Config, parse
 from nasgraph.errors import ConfigError
 from nasgraph.run import Run
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
-from nasgraph.transforms import LowRank, Quantize
+from nasgraph.transforms import Lora, LowRank, Quantize
 
 BASE = {
     "space": f"{__name__}:low_precision",
@@ -97,3 +97,30 @@ def test_what_cannot_be_measured_is_refused_before_the_run(tmp_path: Path) -> No
         settings({"warm_start": {"methods": ["sensitive"]}})
     with pytest.raises(ConfigError, match=r"unknown key 'search.warm_start.sample'.*samples"):
         settings({"warm_start": {"sample": 3}})
+
+
+def adapted(features: int, classes: int) -> SearchSpace:
+    """A layer whose adapter's rank is a choice, and bits."""
+    space = SearchSpace("adapted")
+    x = space.input("x", torch.zeros(4, features), {0: "nodes"})
+    edges = space.input("edge_index", torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]), {1: "edges"})
+    h = space.add("first", Op(GCNConv, out_channels=8), x, edges)
+    transforms = [Quantize(weight_bits=Choice("bits", [4, None])), Lora(rank=Choice("rank", [0, 1, 2, 4, 8]))]
+    space.output(space.add("head", Op(nn.Linear, out_features=classes), h, transforms=transforms))
+    return space
+
+
+def test_allocators_of_ranks_add_trials_of_their_own(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    tier = {"methods": ["sensitivity", "adalora"], "n": 2, "samples": 32, "steps": 20, "cost": "adapter_params"}
+    config = settings({"warm_start": tier, "trials": 4}, space=f"{__name__}:adapted")
+    assert search.start(config, folder, quiet=True) == 0
+    found = first_trials(folder)
+    ranks = [arch["rank"] for arch in found if arch["bits"] is None and arch["rank"]]
+    assert len(ranks) == 2 and ranks == sorted(ranks) and 0 < ranks[0] < ranks[1] < 8
+
+
+def test_an_allocator_needs_ranks_of_adapters(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'sora' allocates ranks of Lora, and space 'low_precision' has no choice"):
+        search.start(settings({"warm_start": {"methods": ["sqnr", "sora"]}}), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()

@@ -2,13 +2,14 @@
 
 ``with_gates`` gives every adapter more rank than it will keep and a number for each of its components; an allocator
 takes components away while :func:`allocate` trains. What is left, ``{layer: rank}``, is an architecture of the space
-(:func:`architecture`), to be enqueued or trained from its start. :func:`linear_schedule` needs no training.
+(:func:`architecture`), to be enqueued or trained from its start; :mod:`nasgraph.allocation.rank_starts` makes several
+of one training. :func:`linear_schedule` needs no training.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
-from nasgraph.space import Architecture, SearchSpace
+from nasgraph.space import Architecture, Choice, Label, SearchSpace
 from nasgraph.tasks.batch import Batch
 from nasgraph.transforms.adapters import LoraLinear, uniform_
 from nasgraph.transforms.layers import rewritten_layers
@@ -85,11 +86,17 @@ class Allocator(Protocol):
 
 
 def allocate(
-    model: nn.Module, allocator: Allocator, batches: Iterable[Batch], lr: float = 0.01, weight_decay: float = 0.0
+    model: nn.Module,
+    allocator: Allocator,
+    batches: Iterable[Batch],
+    lr: float = 0.01,
+    weight_decay: float = 0.0,
+    on_step: Callable[[int], None] | None = None,
 ) -> dict[str, int]:
     """Train what ``model`` lets train on ``batches``, one step each, with Adam; then count what is left.
 
-    Dropout draws from torch's global generator. Returns: the rank of each layer.
+    Dropout draws from torch's global generator. ``on_step`` is called with the number of each step, from 1, when its
+    components are taken away. Returns: the rank of each layer.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
@@ -100,6 +107,8 @@ def allocate(
         allocator.observe()
         optimizer.step()
         allocator.prune(step)
+        if on_step is not None:
+            on_step(step)
     return ranks(model)
 
 
@@ -144,9 +153,13 @@ def architecture(
         called = choice.replace("{name}", name)
         if called not in space.choices:
             raise SpaceError(f"space '{space.name}' has no choice '{called}' for the rank of '{name}'")
-        options = space.choices[called].labels
-        wanted[called] = min(options, key=lambda label: (abs(float(label or 0) - rank), float(label or 0)))
+        wanted[called] = nearest(space.choices[called], rank)
     return space.architecture({**space.sample(random.Random(seed)), **wanted})
+
+
+def nearest(choice: Choice, rank: float) -> Label:
+    """The option nearest to ``rank``, the lower of two."""
+    return min(choice.labels, key=lambda label: (abs(float(label or 0) - rank), float(label or 0)))
 
 
 # ---- the methods ------------------------------------------------------------------------------------------------
