@@ -23,6 +23,7 @@ import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from torch import nn
 from nasgraph import registry
 from nasgraph.allocation.pruning import keep_costs, keep_ratios, keep_sensitivity
 from nasgraph.allocation.sparse_training import annealed_masks, fewer_groups
+from nasgraph.allocation.starts import first_trials
 from nasgraph.build import build
 from nasgraph.samplers.genetic import NSGAIISampler
 from nasgraph.search_spaces.prune_cnn import prune_cnn
@@ -51,7 +53,7 @@ WIDTHS, WIDEST = (4, 6, 8, 10, 12, 16), 16
 KEEPS = (0.03, 0.06, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 FINE = tuple(float(ratio) for ratio in np.geomspace(0.01, 1, 41))  # what the knapsack chooses from
 TASKS: dict[str, dict[str, Any]] = {
-    "digits_images": {"task": {}, "layers": 2, "epochs": (10, 10), "supernet": 30, "sparse_training": True},
+    "digits_images": {"task": {"batch_size": 64}, "layers": 2, "epochs": (12, 12), "supernet": 40},
     "mnist": {"task": {"train_samples": 1000, "val": 0.05}, "layers": 3, "epochs": (6, 6), "supernet": 20},
     "cifar10": {
         "task": {"train_samples": 2000, "val": 0.1, "flip": True},
@@ -182,8 +184,13 @@ class Bench:
         return [(arch, score, *self.shares(arch)) for arch, score in zip(archs, scores, strict=True)]
 
     def searched(self) -> Found:
-        """What NSGA-II asked for."""
+        """What NSGA-II asked for, first along the knapsack's front at three widths (``search.warm_start``)."""
         found: Found = []
+        batch, count = self.task.batch(512, self.seed), len(self.layers)
+        network, first = partial(self.supernet.calibrated, samples=CALIBRATION), []
+        for width in (WIDEST, 10, 6):
+            start = self.network([width] * count, [1.0] * count)
+            first += first_trials(self.space, network, start, batch, lambda a: self.size(a)[0], ["signal"], 4)
 
         def objective(trial: optuna.Trial) -> tuple[float, float]:
             labels = {name: list(choice.labels) for name, choice in self.space.choices.items()}
@@ -193,6 +200,8 @@ class Bench:
 
         sampler = NSGAIISampler(seed=self.seed, population_size=20)
         study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
+        for arch in first:
+            study.enqueue_trial(dict(arch))
         study.optimize(objective, n_trials=self.trials)
         return found
 
@@ -255,7 +264,7 @@ class Bench:
         full = [WIDEST] * len(self.layers)
         model = self.untrained(self.network(full, [1.0] * len(full)))
         model.load_state_dict(self.unpruned(tuple(full)))
-        spoilt = keep_sensitivity(model, [self.task.batch(512, self.seed)], FINE, where="conv*")
+        spoilt = keep_sensitivity(model, self.task.batch(512, self.seed), FINE, where="conv*")
         costs = keep_costs(model, self.task.inputs, FINE, "flops" if cost == 0 else "weights", where="conv*")
         fixed = self.full[cost] - sum(of[FINE[-1]] for of in costs.values())  # of what is not pruned
         ratios = keep_ratios(spoilt, costs, budget * self.full[cost] - fixed)
@@ -294,7 +303,7 @@ def run(name: str, seed: int, **settings: int) -> dict[str, Any]:
             row(kind, budget, "uniform ratio, magnitude", uniform)
             row(kind, budget, "uniform ratio, random masks", uniform, "random")
             row(kind, budget, "uniform width, no mask", narrow)
-            if kind == "FLOPs" and bench.given.get("sparse_training"):
+            if kind == "FLOPs" and name == "digits_images":
                 row(kind, budget, "uniform ratio, annealed masks", uniform, "annealed")
                 row(kind, budget, "uniform width, cut by magnitude", narrow, "channels")
                 row(kind, budget, "uniform width, group envelope", narrow, "envelope")

@@ -17,34 +17,25 @@ from torch import Tensor, nn
 from nasgraph.allocation.bits import layers_of
 from nasgraph.allocation.knapsack import knapsack
 from nasgraph.tasks.batch import Batch
+from nasgraph.transforms.damage import lost_signal
 from nasgraph.transforms.layers import plain_linears
 from nasgraph.transforms.prune import kept, largest
 
 Table = Mapping[str, Mapping[float, float]]  # layer -> keep ratio -> number
-LEAST = 1e-4  # of the signal's share that passes a layer
 
 
 @torch.no_grad()
 def keep_sensitivity(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    ratios: Sequence[float],
-    structure: str = "unstructured",
-    where: str = "*",
+    model: nn.Module, batch: Batch, ratios: Sequence[float], structure: str = "unstructured", where: str = "*"
 ) -> dict[str, dict[float, float]]:
-    """``-log r^2``, with r the correlation of the network's logits before and after one layer alone is masked.
+    """:func:`~nasgraph.transforms.damage.lost_signal` when one layer alone is masked by magnitude.
 
-    Of each layer of ``model`` at ``where`` at each of ``ratios``, with a mask by magnitude as ``Prune(keep=ratio)`` has
-    it. A sample's logits count from their mean, which no class depends on. ``r^2`` is the share of the signal that
-    passes; through layers one after another shares multiply, so their logarithms add up, as a knapsack needs it. The
-    squared error does not: it hardly grows once a layer is destroyed, and the least sum of it would rather destroy one
-    layer than touch two. At most ``-log 1e-4``.
-
-    The model is one without masks, trained; it runs in evaluation mode, in a copy.
+    Of each layer of ``model`` at ``where`` at each of ``ratios``, with a mask as ``Prune(keep=ratio)`` has it. The
+    model is one without masks, trained; it runs in evaluation mode, in a copy.
     Raises: ConfigError: no layer at ``where``.
     """
     model = plain_linears(copy.deepcopy(model)).eval()
-    before = _centred_logits(model, batches)
+    damage = lost_signal(model, batch)
     table: dict[str, dict[float, float]] = {}
     for name, layer in layers_of(model, where).items():
         weight: Tensor = layer.weight  # type: ignore[assignment]
@@ -52,17 +43,9 @@ def keep_sensitivity(
         table[name] = {}
         for ratio in ratios:
             weight.copy_(whole * kept(whole.abs(), ratio, structure))
-            after = _centred_logits(model, batches)
-            norms = float(before.norm() * after.norm())
-            r = max(0.0, float((before * after).sum()) / norms) if norms else 0.0
-            table[name][ratio] = max(0.0, -math.log(r * r + LEAST))
+            table[name][ratio] = damage(model)
         weight.copy_(whole)
     return table
-
-
-def _centred_logits(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    outputs = torch.cat([batch.outputs(model) for batch in batches]).double()
-    return outputs - outputs.mean(dim=1, keepdim=True)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a transform breaks, before any training: four measures of a rewritten network beside its reference.
+"""What a transform breaks, before any training: five measures of a rewritten network beside its reference.
 
 Each is a function ``(reference, batch) -> (changed -> damage)``; smaller is better, and 0 is no damage.
 """
@@ -6,6 +6,7 @@ Each is a function ``(reference, batch) -> (changed -> damage)``; smaller is bet
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -17,6 +18,7 @@ from nasgraph.transforms.low_rank import Factorised, effective, full_rank
 from nasgraph.transforms.low_rank_training import energy_rank, expected_stable_rank, stable_rank
 
 Damage = Callable[[nn.Module], float]
+LEAST = 1e-4  # share of the signal that is told from none
 
 
 def sensitivity(model: nn.Module, batch: Batch) -> Damage:
@@ -31,6 +33,31 @@ def sensitivity(model: nn.Module, batch: Batch) -> Damage:
 def _loss(model: nn.Module, batch: Batch) -> float:
     with torch.no_grad():
         return float(batch.loss(model))
+
+
+def lost_signal(model: nn.Module, batch: Batch) -> Damage:
+    """``-log r^2``, with r the correlation of the logits with those of the reference: for masks, bits and ranks.
+
+    ``r^2`` is the share of the signal that still passes. Through layers one after another shares multiply, so their
+    logarithms add up. A rise of the loss does not: it hardly grows once a layer is destroyed, and the least sum of it
+    would rather destroy one layer than touch two. A sample's logits count from their mean, which says nothing of its
+    class. At most ``-log`` of :data:`LEAST`.
+    """
+    before = _centred_logits(model, batch)
+
+    def damage(changed: nn.Module) -> float:
+        after = _centred_logits(changed, batch)
+        norms = float(before.norm() * after.norm())
+        r = max(0.0, float((before * after).sum()) / norms) if norms else 0.0
+        return max(0.0, -math.log(r * r + LEAST))
+
+    return damage
+
+
+def _centred_logits(model: nn.Module, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        logits = batch.outputs(model).double()
+    return logits - logits.mean(dim=1, keepdim=True)
 
 
 def weight_noise(model: nn.Module, batch: Batch) -> Damage:
@@ -141,6 +168,7 @@ def weighted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 METHODS: dict[str, Callable[[nn.Module, Batch], Damage]] = {
     "sensitivity": sensitivity,
+    "signal": lost_signal,
     "sqnr": weight_noise,
     "gradients": gradients,
     "stable_rank": rank_shortage,

@@ -183,9 +183,9 @@ def images(n: int = 20) -> Batch:
 def test_what_a_ratio_spoils_is_the_correlation_with_a_network_that_is_pruned_there() -> None:
     model = build(small(), {"width1": 6, "keep1": 1.0, "width2": 6, "keep2": 1.0}, seed=3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    table = keep_sensitivity(model, [images(), images(7)], (0.1, 0.5, 1.0), where="conv*")
+    table = keep_sensitivity(model, images(), (0.1, 0.5, 1.0), where="conv*")
     assert list(table) == ["conv1", "conv2"] and all(torch.equal(model.state_dict()[k], v) for k, v in before.items())
-    inputs = torch.cat([images().inputs[0], images(7).inputs[0]])
+    inputs = images().inputs[0]
     whole = model.eval()(inputs).detach().double()
     for name, row in table.items():
         assert row[1.0] == 0.0 and min(row[0.1], row[0.5]) > 0
@@ -197,7 +197,7 @@ def test_what_a_ratio_spoils_is_the_correlation_with_a_network_that_is_pruned_th
             r = float(F.cosine_similarity(pairs[0].flatten(), pairs[1].flatten(), dim=0))
             assert row[ratio] == pytest.approx(-math.log(r * r + 1e-4), rel=1e-6)
     with pytest.raises(ConfigError, match="at 'dense'"):
-        keep_sensitivity(model, [images()], (0.5,), where="dense")
+        keep_sensitivity(model, images(), (0.5,), where="dense")
 
 
 def test_costs_are_what_the_objectives_count() -> None:
