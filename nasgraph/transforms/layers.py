@@ -144,6 +144,12 @@ def is_pyg_linear(layer: nn.Module) -> bool:
     return dense is not None and type(layer) is dense.Linear
 
 
+def is_message_passing(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a convolution of PyG."""
+    pyg = sys.modules.get("torch_geometric.nn.conv.message_passing")
+    return pyg is not None and isinstance(layer, pyg.MessagePassing)
+
+
 def plain_linears(module: nn.Module) -> nn.Module:
     """PyG's ``Linear`` layers become ``nn.Linear`` with the same parameters; the function stays the same."""
     found: list[Any] = [each for each in module.modules() if is_pyg_linear(each)]

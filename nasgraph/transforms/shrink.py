@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
+from nasgraph.transforms.layers import is_message_passing
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -76,7 +77,7 @@ class Group:
         scores = torch.zeros(self.size, dtype=torch.float64)
         for cut in self.cuts:
             layer = model.get_submodule(cut.module)
-            if isinstance(layer, (*NORMS, nn.PReLU)):
+            if isinstance(layer, (*NORMS, nn.PReLU)) or is_message_passing(layer):
                 continue
             weight: Tensor = layer.weight  # type: ignore[assignment]
             if how == "taylor" and weight.grad is None:
@@ -105,7 +106,8 @@ class Group:
             raise ValueError(f"channels must ascend from 0 to at most {self.size - 1}, one at least")
         for cut in self.cuts:
             layer = model.get_submodule(cut.module)
-            own = {name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]}
+            deep = not is_message_passing(layer)  # its linear layers are cut too
+            own = {name for name, _ in [*layer.named_parameters(recurse=deep), *layer.named_buffers(recurse=deep)]}
             extra = sorted(own - {"weight", "num_batches_tracked", STATISTIC, *VECTORS})
             if extra:
                 raise SpaceError(f"'{cut.module}' also has '{extra[0]}', which cannot follow: shrink it before")
@@ -164,7 +166,10 @@ def _resize(layer: nn.Module, end: str, size: int) -> None:
     elif isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         layer.normalized_shape = (size,)
         return
+    elif end == "in":
+        names = ("in_channels",)
     else:
-        names = tuple(name for name in ("num_features", "embedding_dim", "num_parameters") if hasattr(layer, name))
+        known = ("num_features", "embedding_dim", "num_parameters", "out_channels")
+        names = tuple(name for name in known if hasattr(layer, name))
     for name in names:
         setattr(layer, name, size)

@@ -1,9 +1,9 @@
 """Structured pruning of a model that exists: which layers must follow when channels, heads or layers are removed.
 
-The model is traced by ``torch.fx``, and each value's channel axis is followed: through activations, pooling, norms and
-depthwise convolutions, which are cut too; sums and products tie what they join. Whatever is not known to treat
-channels apart (``cat``, ``view``, softmax, a module without a rule) makes the channels that reach it fixed, with the
-reason. So do the model's inputs and outputs.
+The model is traced by ``torch.fx``, and each value's channel axis is followed: through activations, pooling, norms,
+depthwise convolutions and some graph convolutions, which are cut too; sums and products tie what they join. Whatever is
+not known to treat channels apart (``cat``, ``view``, softmax, a module without a rule) makes the channels that reach it
+fixed, with the reason. So do the model's inputs and outputs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nasgraph.errors import SpaceError
+from nasgraph.transforms.layers import is_message_passing
 from nasgraph.transforms.shrink import CONVS, NORMS, Cut, Group, full_size
 
 POOLS = (
@@ -32,6 +33,12 @@ APART = (  # each entry alone
     *(nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign),
 )
 LAYERS = (nn.Linear, nn.Embedding, *CONVS)
+GRAPH_CONVS = {  # by name, PyG's convolutions that aggregate each channel alone, and their linear layers
+    "GCNConv": ("lin",),
+    "SAGEConv": ("lin_l", "lin_r"),
+    "GraphConv": ("lin_rel", "lin_root"),
+}
+AGGREGATIONS = ("add", "sum", "mean", "max", "min")
 POOL_CALLS = {
     *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.interpolate),
     *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d, F.adaptive_max_pool2d, F.dropout2d),
@@ -115,6 +122,11 @@ def group_of(
             return Group(group.size, cuts, group.exact)
         if depth == 0:
             raise SpaceError(f"channels of '{name}' are fixed: {found.why(below)}")
+    around = model.get_submodule(name.rpartition(".")[0])
+    if is_message_passing(around):  # it has a bias, or layers, of as many channels
+        raise SpaceError(
+            f"channels of '{name}' in a {type(around).__name__} are fixed, as {reason}: use a mask (structure 'rows')"
+        )
     if told is None:
         raise SpaceError(
             f"what reads '{name}' is not known, {reason}: "
@@ -269,7 +281,7 @@ def _followed(model: nn.Module, name: str, follow: str) -> Group:
 
 def _shared(model: nn.Module, names: Sequence[str]) -> str | None:
     """A module beside ``names`` that has the weight of one of them."""
-    mine = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters()}
+    mine = {id(parameter) for name in names for parameter in model.get_submodule(name).parameters(recurse=False)}
     for name, module in model.named_modules():
         if name not in names and any(id(p) in mine for p in module.parameters(recurse=False)):
             return str(name)
@@ -290,7 +302,7 @@ class _Value:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, LAYERS) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, LAYERS) or is_message_passing(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(model: nn.Module, inputs: Sequence[Tensor] | None, checked: bool = False) -> _Channels:
@@ -316,6 +328,7 @@ class _Channels:
         self.sizes: dict[tuple[str, str], int | None] = {}
         self.fixed: dict[tuple[str, str], str] = {}  # with the reason
         self.inexact: set[tuple[str, str]] = set()
+        self.refused: dict[str, str] = {}  # graph convolutions, with the reason
         self.cuts: dict[tuple[str, str], tuple[tuple[str, str], int]] = {}  # (layer, end): whose channels, width
         values: dict[fx.Node, _Value | None] = {}
         for node in graph.nodes:
@@ -348,7 +361,9 @@ class _Channels:
         """Why the output channels of the layer ``name`` are fixed."""
         if (name, "out") in self.cuts:
             return self.fixed[self._root(self.cuts[name, "out"][0])]
-        layer = self.model.get_submodule(name)
+        layer, parent = self.model.get_submodule(name), name.rpartition(".")[0]
+        if is_message_passing(self.model.get_submodule(parent)):
+            return self.refused.get(parent, f"'{parent}' is not called")
         depthwise = getattr(layer, "groups", 1) > 1
         return "its groups tie it to what it reads: name that" if depthwise else "it is not called"
 
@@ -393,7 +408,10 @@ class _Channels:
         if node.op == "get_attr":
             return None
         if node.op == "call_module":
-            return self._module(str(node.target), self.model.get_submodule(str(node.target)), sources)
+            layer = self.model.get_submodule(str(node.target))
+            if is_message_passing(layer):
+                return self._graph_convolution(node, layer, sources)
+            return self._module(str(node.target), layer, sources)
         return self._call(node, sources, read)
 
     def _stop(self, read: Sequence[_Value], reason: str) -> _Value | None:
@@ -444,6 +462,31 @@ class _Channels:
             elif value is not None and width:
                 self._cut(name, "in", value, width)
         return _Value(key, axis)
+
+    def _graph_convolution(self, node: fx.Node, conv: nn.Module, sources: list[_Value | None]) -> _Value | None:
+        """Its linear layers read and make the same channels; itself it may have a bias."""
+        name = str(node.target)
+        parts, aggregation = GRAPH_CONVS.get(type(conv).__name__), getattr(conv, "aggr", None)
+        reason = f"'{name}' is a {type(conv).__name__}; channels are followed through {', '.join(GRAPH_CONVS)}"
+        if parts is None or not type(conv).__module__.startswith("torch_geometric."):
+            self.refused[name] = f"{reason}: use a mask there (structure 'rows')"
+        elif getattr(conv, "normalize", False) and parts != ("lin",):  # of GCN it is the adjacency that is normalised
+            self.refused[name] = f"'{name}' normalises over its channels"
+        elif getattr(conv, "project", False) or aggregation not in AGGREGATIONS:
+            self.refused[name] = f"'{name}' projects or aggregates by {aggregation}, not by {', '.join(AGGREGATIONS)}"
+        elif not isinstance(next(iter(node.args), None), fx.Node) or any(sources[1:]):
+            self.refused[name] = f"'{name}' reads more than one tensor of nodes, or not first"
+        if name in self.refused or parts is None:
+            return self._stop([source for source in sources if source is not None], self.refused[name])
+        layers = [(f"{name}.{part}", getattr(conv, part)) for part in parts if hasattr(conv, part)]
+        key = self._new((layers[0][0], "out"), layers[0][1].out_features)
+        for below, linear in layers:
+            self.cuts[below, "out"] = key, linear.out_features
+            if sources[0] is not None:
+                self._cut(below, "in", sources[0], linear.in_features)
+                self._cut(name, "in", sources[0], linear.in_features)
+        self.cuts[name, "both"] = key, layers[0][1].out_features
+        return _Value(key, -1)
 
     def _norm(self, name: str, layer: nn.Module, value: _Value) -> _Value | None:
         if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
