@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,25 +42,42 @@ from nasgraph.samplers.genetic import NSGAIISampler
 from nasgraph.search_spaces.prune_cnn import prune_cnn
 from nasgraph.space import Architecture, SearchSpace
 from nasgraph.supernet import Supernet
+from nasgraph.tasks.batch import balanced
 from nasgraph.tasks.images import ImageTask
 from nasgraph.training import TrainSettings
 from nasgraph.training.policies import Sandwich
 from nasgraph.transforms.structured import groups
 
 BUDGETS = (0.05, 0.1, 0.2, 0.35, 0.5)  # of the dense network's multiply-adds, or of its convolutions' weights
-TRIALS, FINALISTS, CALIBRATION = 200, 3, 256
+CALIBRATION = 256  # images for a candidate's BatchNorm
 WIDTHS, WIDEST = (4, 6, 8, 10, 12, 16), 16
 KEEPS = (0.03, 0.06, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7, 1.0)
 FINE = tuple(float(ratio) for ratio in np.geomspace(0.01, 1, 41))  # what the knapsack chooses from
-TASKS: dict[str, dict[str, Any]] = {
-    "digits_images": {"task": {"batch_size": 64}, "layers": 2, "epochs": (12, 12), "supernet": 40},
-    "mnist": {"task": {"train_samples": 1000, "val": 0.05}, "layers": 3, "epochs": (6, 6), "supernet": 20},
-    "cifar10": {
-        "task": {"train_samples": 2000, "val": 0.1, "flip": True},
-        "layers": 3,
-        "epochs": (4, 4),
-        "supernet": 10,
-    },
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done on a task.
+
+    Attributes:
+        arguments: of the task. layers: blocks. epochs: without masks, with them, of the supernet.
+        trials: scores of a search. finalists: networks that are trained to choose one of them.
+        weights: budgets of kept weights. tested: test images, drawn with equal shares of the classes; None: all.
+    """
+
+    arguments: dict[str, Any]
+    layers: int
+    epochs: tuple[int, int, int]
+    trials: int
+    finalists: int
+    weights: tuple[float, ...] = BUDGETS
+    tested: int | None = None
+
+
+PLANS = {
+    "digits_images": Plan({"batch_size": 64}, 2, (12, 12, 40), 200, 3),
+    "mnist": Plan({"train_samples": 1000, "val": 0.05}, 3, (5, 5, 20), 120, 2, BUDGETS[:3], 2500),
+    "cifar10": Plan({"train_samples": 2000, "val": 0.1, "flip": True}, 3, (4, 4, 10), 120, 2, BUDGETS[:3]),
 }
 FIRST, AFTER = (TrainSettings(epochs=1, lr=lr, weight_decay=1e-4) for lr in (0.01, 0.003))
 NSGA, RANDOM, GRID = "NSGA-II", "random search", "supernet's ratios"
@@ -71,10 +88,14 @@ Found = list[tuple[Architecture, float, float, float]]  # architecture, supernet
 class Bench:
     """One seed on one task."""
 
-    def __init__(self, name: str, seed: int, trials: int = TRIALS, finalists: int = FINALISTS) -> None:
-        self.given, self.seed, self.trials, self.finalists = TASKS[name], seed, trials, finalists
-        self.task: ImageTask = registry.make("tasks", name, self.given["task"])
-        self.layers = range(1, self.given["layers"] + 1)
+    def __init__(self, name: str, seed: int, plan: Plan) -> None:
+        self.plan, self.seed, self.trials, self.finalists = plan, seed, plan.trials, plan.finalists
+        self.task: ImageTask = registry.make("tasks", name, plan.arguments)
+        if plan.tested is not None:
+            data = self.task.data
+            shown = balanced(data.test_y, plan.tested, 0)
+            self.task.__dict__["data"] = replace(data, test_x=data.test_x[shown], test_y=data.test_y[shown])
+        self.layers = range(1, plan.layers + 1)
         self.space = self.made(WIDTHS, KEEPS)
         self.ends = [
             self.network([w] * len(self.layers), [k] * len(self.layers))
@@ -124,12 +145,12 @@ class Bench:
 
     def pretrain(self) -> None:
         """Train the supernet by the sandwich rule, from the dense network to the smallest with the fewest weights."""
-        steps, settings = self.given["supernet"] * len(self.task.epochs(0)), AFTER
+        steps, settings = self.plan.epochs[2] * len(self.task.epochs(0)), AFTER
         self.supernet.train(Sandwich(self.space, *self.ends), steps, settings=settings, seed=self.seed, samples=64)
 
     def fit(self, model: nn.Module, phase: int) -> None:
         """Without masks (0) or with them (1)."""
-        self.task.fit(model, replace((FIRST, AFTER)[phase], epochs=self.given["epochs"][phase]), self.seed)
+        self.task.fit(model, replace((FIRST, AFTER)[phase], epochs=self.plan.epochs[phase]), self.seed)
 
     def unpruned(self, widths: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Weights of the network of ``widths`` after training without masks."""
@@ -144,7 +165,7 @@ class Bench:
         model = self.untrained(arch, scores if scores == "random" else "magnitude")
         model.load_state_dict(self.unpruned(self.widths(arch)), strict=False)
         if scores == "annealed":
-            steps = (self.given["epochs"][1] - 2) * len(self.task.epochs(0))  # the last two epochs with the mask itself
+            steps = (self.plan.epochs[1] - 2) * len(self.task.epochs(0))  # the last two epochs with the mask itself
             with annealed_masks(model, steps, self.seed, start=0.5):
                 self.fit(model, 1)
         else:
@@ -157,7 +178,7 @@ class Bench:
         model, widths = self.untrained(full), {f"conv{i}": arch[f"width{i}"] for i in self.layers}
         if how == "envelope":
             layers = {name: model.get_submodule(name) for name in widths}
-            with fewer_groups(layers, widths, self.given["epochs"][0] * len(self.task.epochs(0)) // 2):
+            with fewer_groups(layers, widths, self.plan.epochs[0] * len(self.task.epochs(0)) // 2):
                 self.fit(model, 0)
         else:
             model.load_state_dict(self.unpruned(self.widths(full)))
@@ -271,9 +292,9 @@ class Bench:
         return self.network(full, [ratios[f"conv{i}"] for i in self.layers])
 
 
-def run(name: str, seed: int, **settings: int) -> dict[str, Any]:
+def run(name: str, seed: int, plan: Plan) -> dict[str, Any]:
     """One seed. A row: budget's kind and size, method, test and validation accuracy, shares of FLOPs and weights."""
-    start, bench = time.process_time(), Bench(name, seed, **settings)
+    start, bench = time.process_time(), Bench(name, seed, plan)
     bench.pretrain()
     spent = {"supernet": time.process_time() - start}
     pools, grid = {NSGA: bench.searched(), RANDOM: bench.drawn()}, {GRID: bench.gridded()}
@@ -288,7 +309,7 @@ def run(name: str, seed: int, **settings: int) -> dict[str, Any]:
 
     row("dense", 1.0, "all widths, no mask", bench.ends[0])
     for cost, (kind, found) in enumerate({"FLOPs": pools, "weights": grid}.items()):
-        for budget in BUDGETS:
+        for budget in BUDGETS if kind == "FLOPs" else plan.weights:
             for method, scored in found.items():
                 best = bench.best(scored, budget, cost)
                 if best:
@@ -315,12 +336,12 @@ def run(name: str, seed: int, **settings: int) -> dict[str, Any]:
 # ---- tables and figure ----------------------------------------------------------------------------------------------
 
 
-def volume(points: Iterable[tuple[float, float]]) -> float:
+def volume(points: Iterable[tuple[float, float]], budgets: Sequence[float]) -> float:
     """Mean over the logarithm of the budget, from the smallest to the largest, of the best accuracy within it.
 
     ``points``: share and accuracy. The area below the front as steps, in %.
     """
-    edges, total = np.log([*BUDGETS, BUDGETS[-1]]), 0.0
+    edges, total = np.log([budgets[0], budgets[-1]]), 0.0
     known = sorted((max(np.log(share), edges[0]), accuracy) for share, accuracy in points)
     marks = [*dict.fromkeys(place for place, _ in known if place < edges[-1]), edges[-1]]
     for left, right in itertools.pairwise(marks):
@@ -328,47 +349,49 @@ def volume(points: Iterable[tuple[float, float]]) -> float:
     return float(total / (edges[-1] - edges[0]))
 
 
-def cells(found: Mapping[str, Any], kind: str) -> dict[str, np.ndarray]:
-    """Of each method that is complete, share of ``kind`` and test accuracy ``(seeds, budgets, 2)``."""
+def cells(found: Mapping[str, Any], kind: str) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The budgets; of each method that is complete, share of ``kind`` and test accuracy ``(seeds, budgets, 2)``."""
     place = 5 if kind == "FLOPs" else 6
     table: dict[str, dict[tuple[str, float], tuple[float, float]]] = {}
     for seed, result in found["seeds"].items():
         for row in result["rows"]:
             if row[0] == kind:
                 table.setdefault(row[2], {})[seed, row[1]] = (row[place], row[3])
-    keys = [(seed, budget) for seed in found["seeds"] for budget in BUDGETS]
-    shape = (len(found["seeds"]), len(BUDGETS), 2)
+    budgets = sorted({budget for row in table.values() for _, budget in row})
+    keys = [(seed, budget) for seed in found["seeds"] for budget in budgets]
+    shape = (len(found["seeds"]), len(budgets), 2)
     whole = {method: row for method, row in table.items() if all(key in row for key in keys)}
-    return {method: np.array([row[key] for key in keys]).reshape(shape) for method, row in whole.items()}
+    return budgets, {method: np.array([row[key] for key in keys]).reshape(shape) for method, row in whole.items()}
 
 
 def report(found: Mapping[str, Any]) -> str:
-    """Tables of one task, in Markdown."""
-    name, given, seeds = found["task"], TASKS[found["task"]], found["seeds"]
-    spent = [result["cpu_seconds"]["all"] for result in seeds.values()]
+    """Tables of one task, in Markdown. p: one-sided paired t-test over seeds that the first row's mean is higher."""
+    name, plan, seeds = found["task"], Plan(**found["plan"]), found["seeds"]
+    spent = np.mean([result["cpu_seconds"]["all"] for result in seeds.values()])
     dense = np.array([row[3] for result in seeds.values() for row in result["rows"] if row[0] == "dense"])
+    first, after, supernet = plan.epochs
+    tested = "" if plan.tested is None else f" Tested on {plan.tested:,} images."
     lines = [
-        f"## {name} {given['task'] or ''}\n\n    python benchmarks/pruning.py {name} pruning_{name}.json\n",
-        f"{found['torch']}, one thread, {np.mean(spent):.0f} s of CPU per seed, {len(seeds)} seeds. {given['layers']} "
-        f"blocks; {given['epochs'][0]} epochs without masks,\nthen {given['epochs'][1]} with them; supernet "
-        f"{given['supernet']} epochs, {found['trials']} scores per search, {found['finalists']} finalists.\n"
-        f"Dense network: {dense.mean():.2f} ± {dense.std(ddof=1):.2f}.",
+        f"## {name} {plan.arguments}\n\n    python benchmarks/pruning.py {name} pruning_{name}.json\n",
+        f"{found['torch']}, one thread, {spent:.0f} s of CPU per seed, {len(seeds)} seeds. {plan.layers} blocks;",
+        f"{first} epochs without masks, then {after} with them; supernet {supernet} epochs, {plan.trials} scores a "
+        f"search, {plan.finalists} finalists.{tested}\nDense network: {dense.mean():.2f} ± {dense.std(ddof=1):.2f}.",
     ]
     for kind, what in (("FLOPs", "multiply-adds of the dense network"), ("weights", "the convolutions' weights")):
-        heads = " | ".join(f"{budget:g}" for budget in BUDGETS)
+        budgets, table = cells(found, kind)
+        heads = " | ".join(f"{budget:g}" for budget in budgets)
         lines.append(f"\nAt most this share of {what}:\n\n| network | {heads} | mean | area | used | p |")
-        lines.append("|---|" + "---|" * (len(BUDGETS) + 4))
-        lead = None
-        for method, values in cells(found, kind).items():
+        lines.append("|---|" + "---|" * (len(budgets) + 4))
+        lead = next(iter(table.values()))[..., 1].mean(1)
+        for method, values in table.items():
             accuracy = values[..., 1]
-            mean, spread = accuracy.mean(0), accuracy.std(0, ddof=1)
-            area = np.mean([volume(map(tuple, one)) for one in values])
-            used, p = (values[..., 0] / np.array(BUDGETS)).mean(), ""
-            lead = accuracy.mean(1) if lead is None else lead
-            if lead is not None and not np.array_equal(lead, accuracy.mean(1)):
-                p = f"{ttest_rel(lead, accuracy.mean(1), alternative='greater').pvalue:.3f}"
-            each = " | ".join(f"{m:.1f} ± {s:.1f}" for m, s in zip(mean, spread, strict=True))
-            lines.append(f"| {method} | {each} | {mean.mean():.1f} | {area:.1f} | {used:.2f} | {p} |")
+            same = np.array_equal(lead, accuracy.mean(1))
+            p = "" if same else f"{ttest_rel(lead, accuracy.mean(1), alternative='greater').pvalue:.3f}"
+            area = np.mean([volume(map(tuple, one), budgets) for one in values])
+            used = (values[..., 0] / np.array(budgets)).mean()
+            both = zip(accuracy.mean(0), accuracy.std(0, ddof=1), strict=True)
+            each = " | ".join(f"{mean:.1f} ± {spread:.1f}" for mean, spread in both)
+            lines.append(f"| {method} | {each} | {accuracy.mean():.1f} | {area:.1f} | {used:.2f} | {p} |")
     return "\n".join(lines) + "\n"
 
 
@@ -382,7 +405,8 @@ def plot(results: Sequence[Mapping[str, Any]]) -> str:
     wide, high, parts = 430, 260, []
     for down, found in enumerate(results):
         for right, kind in enumerate(("FLOPs", "weights")):
-            lines = {m: v.mean(0)[:, 1] for m, v in cells(found, kind).items() if m in DRAWN}
+            budgets, table = cells(found, kind)
+            lines = {method: table[method].mean(0)[:, 1] for method in DRAWN if method in table}
             low, top = min(map(min, lines.values())), max(map(max, lines.values()))
             x0, y0, w, h = right * wide + 45, down * high + 30, wide - 70, high - 75
 
@@ -396,11 +420,11 @@ def plot(results: Sequence[Mapping[str, Any]]) -> str:
             parts.append(f'<rect x="{x0}" y="{y0}" width="{w}" height="{h}" fill="none" stroke="#ccc"/>')
             for value in np.linspace(low, top, 5):
                 parts.append(f'<text x="{x0 - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.0f}</text>')
-            for share in BUDGETS:
+            for share in budgets:
                 parts.append(f'<text x="{x(share):.1f}" y="{y0 + h + 15}" text-anchor="middle">{share:g}</text>')
             for method, values in lines.items():
                 colour = COLOURS[max(0, DRAWN.index(method) - 1)]
-                dots = [(x(share), y(value)) for share, value in zip(BUDGETS, values, strict=True)]
+                dots = [(x(share), y(value)) for share, value in zip(budgets, values, strict=True)]
                 path = " ".join(f"{a:.1f},{b:.1f}" for a, b in dots)
                 parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
                 parts += [f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.5" fill="{colour}"/>' for a, b in dots]
@@ -416,7 +440,7 @@ def plot(results: Sequence[Mapping[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", choices=[*TASKS, []], default=[])
+    parser.add_argument("task", nargs="?", choices=list(PLANS))
     parser.add_argument("file", nargs="?", type=Path, help="results; seeds are added")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--report", type=Path, nargs="+", metavar="FILE")
@@ -431,12 +455,12 @@ def main() -> None:
     torch.set_num_threads(1)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore")
-    known = {"task": given.task, "trials": TRIALS, "finalists": FINALISTS, "seeds": {}}
+    known = {"task": given.task, "plan": asdict(PLANS[given.task]), "seeds": {}}
     known |= {"torch": f"torch {torch.__version__}, Python {platform.python_version()}"}
     for seed in given.seeds:
         found = json.loads(given.file.read_text()) if given.file.exists() else known
         if str(seed) not in found["seeds"]:
-            found["seeds"][str(seed)] = run(given.task, seed)
+            found["seeds"][str(seed)] = run(given.task, seed, Plan(**found["plan"]))
             given.file.write_text(dumped(found))
 
 

@@ -112,12 +112,12 @@ class Differentiable(BaseModel):
 class WarmStart(_Keys):
     """First trials of a space with transforms: what each of their options breaks and costs, alone, without search."""
 
-    methods: list[Literal["sensitivity", "sqnr", "gradients", "stable_rank", "adalora", "dynamic_rank", "sora"]] = (
-        Field(
-            ["sensitivity", "gradients"],
-            min_length=1,
-            description="what tells; a choice is of the first that tells of it. The last three train to allocate ranks",
-        )
+    methods: list[
+        Literal["sensitivity", "signal", "sqnr", "gradients", "stable_rank", "adalora", "dynamic_rank", "sora"]
+    ] = Field(
+        ["sensitivity", "gradients"],
+        min_length=1,
+        description="what tells; a choice is of the first that tells of it. The last three train to allocate ranks",
     )
     cost: str = Field("model_bits", description="the objective that is traded against what breaks")
     n: int = Field(
