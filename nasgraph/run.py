@@ -184,7 +184,7 @@ class Run:
         """Add a finished model to ``final.json``, in one step. Raises: NasgraphError: it cannot be written."""
         if isinstance(result, Scored):
             for item in result.info["exports"]:
-                item["path"] = os.path.relpath(item["path"], self.folder)
+                item["path"] = os.path.relpath(item["path"], self.folder) if item["path"] else ""
             self.finals[key] = Final(result.values, result.info)
         else:
             self.finals[key] = Final({}, {}, f"{result.reason}: {result.detail}")

@@ -249,7 +249,7 @@ def export_to(
     return [
         {
             "format": item.format,
-            "path": str(item.path),
+            "path": str(item.path) if item.path else "",
             "status": item.status,
             "max_abs_diff": item.max_abs_diff,
             "detail": item.detail,

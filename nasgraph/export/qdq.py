@@ -163,11 +163,10 @@ class QuantizeDequantize(nn.Module):
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
-        low, high, scale = quantizer.grid(torch.zeros(1))
+        low, high, scale = (number.detach() for number in quantizer.grid(torch.zeros(1)))
         self.lowest, self.highest, self.signed = float(low * scale), float(high * scale), bool(low < 0)
-        self.bits = next(bits for bits in WIDTHS[1:] if bits >= quantizer.bits)
-        self.clip = self.bits != quantizer.bits
-        self.scale = nn.Buffer(scale.detach().reshape(()))
+        self.clip = quantizer.bits != 8  # codes are of 8 bits
+        self.scale = nn.Buffer(scale.reshape(()))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` rounded to the scale, clipped to the codes."""
