@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import NasgraphError
 from nasgraph.objectives.base import Candidate, Objective, check_alone, slots
+from nasgraph.transforms.deploy import deploy
 
 
 def measure_latency(
-    model: nn.Module, inputs: tuple[Tensor, ...], min_seconds: float = 0.3, max_seconds: float = 10.0
+    model: Callable[..., Any], inputs: tuple[Tensor, ...], min_seconds: float = 0.3, max_seconds: float = 10.0
 ) -> dict[str, float | int]:
     """Wall-clock time of ``model(*inputs)`` in evaluation mode without gradients, on all threads that PyTorch has now.
+
+    Args: model: a module, or any function of the inputs.
 
     Three calls warm up. Then ``torch.utils.benchmark`` repeats blocks of calls for at least ``min_seconds``, until the
     interquartile range is below 10% of the median or ``max_seconds`` have passed.
@@ -29,8 +33,9 @@ def measure_latency(
     from torch.utils.benchmark import Timer
 
     threads = torch.get_num_threads()
-    training = model.training
-    model.eval()
+    module = model if isinstance(model, nn.Module) else nn.Module()
+    training = module.training
+    module.eval()
     try:
         with torch.no_grad():
             for _ in range(3):
@@ -40,7 +45,7 @@ def measure_latency(
             measured = timer.adaptive_autorange(min_run_time=min_seconds, max_run_time=max_seconds)
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     finally:
-        model.train(training)
+        module.train(training)
     return {
         "median_ms": measured.median * 1e3,
         "iqr_ms": measured.iqr * 1e3,
@@ -83,10 +88,11 @@ def alone(device: torch.device, timeout_s: float = 600.0) -> Iterator[None]:
 
 
 def _latency_ms(candidate: Candidate) -> float:
+    """Of the network as it is used: masks and rounded weights are in the weights and cost nothing at run time."""
     check_alone([latency_ms], slots())
-    inputs = candidate.task.inputs
+    model, inputs = deploy(candidate.model).model, candidate.task.inputs
     with alone(inputs[0].device):
-        measured = measure_latency(candidate.model, inputs)
+        measured = measure_latency(model, inputs)
     candidate.info.update({f"latency_{name}": value for name, value in measured.items()})
     return float(measured["median_ms"])
 
