@@ -35,7 +35,7 @@ from torch import nn
 
 from nasgraph import registry
 from nasgraph.allocation.pruning import keep_costs, keep_ratios, keep_sensitivity
-from nasgraph.allocation.sparse_training import annealed_masks, fewer_groups
+from nasgraph.allocation.sparse_training import fewer_groups
 from nasgraph.allocation.starts import first_trials
 from nasgraph.build import build
 from nasgraph.samplers.genetic import NSGAIISampler
@@ -148,9 +148,10 @@ class Bench:
         steps, settings = self.plan.epochs[2] * len(self.task.epochs(0)), AFTER
         self.supernet.train(Sandwich(self.space, *self.ends), steps, settings=settings, seed=self.seed, samples=64)
 
-    def fit(self, model: nn.Module, phase: int) -> None:
+    def fit(self, model: nn.Module, phase: int, anneal: float = 0.0) -> None:
         """Without masks (0) or with them (1)."""
-        self.task.fit(model, replace((FIRST, AFTER)[phase], epochs=self.plan.epochs[phase]), self.seed)
+        settings = replace((FIRST, AFTER)[phase], epochs=self.plan.epochs[phase], anneal=anneal)
+        self.task.fit(model, settings, self.seed)
 
     def unpruned(self, widths: tuple[int, ...]) -> dict[str, torch.Tensor]:
         """Weights of the network of ``widths`` after training without masks."""
@@ -164,12 +165,7 @@ class Bench:
         """After training without masks, then with those of ``arch``; ``scores`` "annealed": magnitude, annealed."""
         model = self.untrained(arch, scores if scores == "random" else "magnitude")
         model.load_state_dict(self.unpruned(self.widths(arch)), strict=False)
-        if scores == "annealed":
-            steps = (self.plan.epochs[1] - 2) * len(self.task.epochs(0))  # the last two epochs with the mask itself
-            with annealed_masks(model, steps, self.seed, start=0.5):
-                self.fit(model, 1)
-        else:
-            self.fit(model, 1)
+        self.fit(model, 1, anneal=0.5 if scores == "annealed" else 0.0)
         return model
 
     def narrowed(self, arch: Architecture, how: str) -> nn.Module:

@@ -46,6 +46,9 @@ class Train(_Keys):
     patience: int = Field(50, ge=1, description="epochs without a better validation result before stopping")
     optimizer: str = Field("adam", description="adam, adamw or sgd")
     max_seconds: float | None = Field(None, gt=0, description="stop one training after this long")
+    anneal: float = Field(
+        0.0, ge=0, le=1, description="masked weights are there at first with this probability, which falls to 0"
+    )
 
 
 class Screen(_Keys):

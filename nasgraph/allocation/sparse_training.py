@@ -1,6 +1,7 @@
 """Training that ends with a given sparsity, around any training loop: annealed masks, channels that go one by one.
 
-Both are contexts: what trains within them, ``task.fit`` or a loop of your own, need not know of them.
+Both are contexts: what trains within them, ``task.fit`` or a loop of your own, need not know of them. Annealing is also
+a setting of this package's loop, ``TrainSettings(anneal=0.5)``, so of every search.
 
     with annealed_masks(model, steps=10 * len(task.epochs(0))):
         task.fit(model, TrainSettings(epochs=10), seed=0)
@@ -37,7 +38,7 @@ def annealed_masks(model: nn.Module, steps: int, seed: int = 0, start: float = 1
 
     Raises: ConfigError: no layer is masked, or a mask has learned scores, which would learn nothing from the draws.
     """
-    masks = [layer.on_weight["prune"] for layer in rewritten_layers(model).values() if "prune" in layer.on_weight]
+    masks = masks_of(model)
     if not masks:
         raise ConfigError("annealed_masks: no layer of the model has a mask: rewrite some with Prune first")
     if any(isinstance(mask, LearnedMask | SignedMask) for mask in masks):
@@ -61,6 +62,11 @@ def annealed_masks(model: nn.Module, steps: int, seed: int = 0, start: float = 1
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def masks_of(model: nn.Module) -> list[nn.Module]:
+    """The masks of the layers that ``Prune`` has rewritten; a ratio of 1.0 has none."""
+    return [layer.on_weight["prune"] for layer in rewritten_layers(model).values() if "prune" in layer.on_weight]
 
 
 @contextmanager

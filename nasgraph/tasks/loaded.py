@@ -121,9 +121,12 @@ class Shuffled:
         self.make, self.index, self.size = make, index, size
         self.generator = torch.Generator().manual_seed(seed)
 
+    def __len__(self) -> int:
+        return -(-len(self.index) // self.size)
+
     def __iter__(self) -> Iterator[Batch]:
         order = torch.randperm(len(self.index), generator=self.generator).to(self.index.device)
-        for part in self.index[order].tensor_split(-(-len(order) // self.size)):
+        for part in self.index[order].tensor_split(len(self)):
             yield self.make(part)
 
 

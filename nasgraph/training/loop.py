@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,9 @@ class TrainSettings:
         patience: stop after this many epochs without a better validation result.
         optimizer: ``adam``, ``adamw`` or ``sgd`` (momentum 0.9).
         max_seconds: stop after the epoch that exceeds it. The result then depends on the machine's speed.
+        anneal: for masks of ``Prune``: what they leave out is there at first with this probability, drawn each step,
+            which falls to 0 over the first 5/6 of the steps; see
+            :func:`~nasgraph.allocation.sparse_training.annealed_masks`. 0: masks are what they are from the start.
 
     Raises: ConfigError: a value that is out of range, or an unknown optimizer.
     """
@@ -45,6 +49,7 @@ class TrainSettings:
     patience: int = 50
     optimizer: str = "adam"
     max_seconds: float | None = None
+    anneal: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("epochs", "patience"):
@@ -57,6 +62,8 @@ class TrainSettings:
             raise ConfigError(f"weight_decay is {self.weight_decay!r}: give 0 or a number above")
         if self.max_seconds is not None and (not _number(self.max_seconds) or self.max_seconds <= 0):
             raise ConfigError(f"max_seconds is {self.max_seconds!r}: give a number above 0, or leave it out")
+        if not _number(self.anneal) or not 0 <= self.anneal <= 1:
+            raise ConfigError(f"anneal is {self.anneal!r}: give a probability, 0 for none")
         if self.optimizer not in OPTIMIZERS:
             near = did_you_mean(str(self.optimizer), OPTIMIZERS)
             raise ConfigError(f"unknown optimizer {self.optimizer!r}.{near} Known: {', '.join(OPTIMIZERS)}.")
@@ -123,7 +130,7 @@ def train(
     kept: dict[str, torch.Tensor] = {}
     history: list[Epoch] = []
     cuda = sorted({p.device.index for p in parameters if p.is_cuda})
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=cuda), _masks(model, batches, settings, seed):
         torch.manual_seed(seed)
         start_new_steps(model, (batch.inputs for batch in itertools.islice(batches, STARTING)))
         for epoch in range(1, settings.epochs + 1):
@@ -174,6 +181,21 @@ def _one_epoch(model: nn.Module, batches: Iterable[Batch], optimizer: torch.opti
         total += float(loss.detach()) * len(batch.target)
         n += len(batch.target)
     return total / n
+
+
+def _masks(
+    model: nn.Module, batches: Iterable[Batch], settings: TrainSettings, seed: int
+) -> AbstractContextManager[None]:
+    """What ``settings.anneal`` asks for; nothing for a model without masks."""
+    from nasgraph.allocation.sparse_training import annealed_masks, masks_of
+
+    if not settings.anneal or not masks_of(model):
+        return nullcontext()
+    if not isinstance(batches, Sized):
+        raise ConfigError(
+            "anneal: this task's batches have no len(), which tells how many steps there are: set it to 0"
+        )
+    return annealed_masks(model, max(1, settings.epochs * len(batches) * 5 // 6), seed, settings.anneal)
 
 
 def _optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:

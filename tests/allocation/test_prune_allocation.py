@@ -29,6 +29,9 @@ from nasgraph.objectives.sparsity import count_kept_flops, count_kept_parameters
 from nasgraph.search_spaces.prune_cnn import prune_cnn
 from nasgraph.space import SearchSpace
 from nasgraph.tasks.batch import Batch
+from nasgraph.tasks.images import digits_images
+from nasgraph.training import TrainSettings
+from nasgraph.training.loop import train
 from nasgraph.transforms.prune import Prune
 
 ITEMS = st.lists(
@@ -287,3 +290,23 @@ def test_groups_go_one_by_one_and_only_of_the_model_that_is_trained() -> None:
     for budgets, message in (({"conv1": 2}, "budget None"), ({"conv1": 7, "conv2": 1}, "has 6 slices and budget 7")):
         with pytest.raises(ConfigError, match=message), fewer_groups(layers, budgets, 6):
             pass
+
+
+def test_annealing_is_a_setting_of_training_that_reaches_pruned_networks_only() -> None:
+    task, choices = digits_images(train_samples=60), {"width1": 6, "keep1": 0.1, "width2": 6, "keep2": 0.1}
+    space = prune_cnn(**task.sizes, layers=2, widths=(6,), keeps=(0.1, 1.0))
+    found = {}
+    for keep in (0.1, 1.0):
+        for anneal in (0.0, 0.5):
+            model = build(space, {**choices, "keep1": keep, "keep2": keep}, seed=3)
+            task.fit(model, TrainSettings(epochs=2, anneal=anneal), seed=0)
+            found[keep, anneal] = model.state_dict()["conv1.weight"]
+    assert torch.equal(found[1.0, 0.0], found[1.0, 0.5]) and not torch.equal(found[0.1, 0.0], found[0.1, 0.5])
+    model = build(space, choices, seed=3)
+    with annealed_masks(model, steps=2 * len(task.epochs(0)) * 5 // 6, seed=0, start=0.5):
+        task.fit(model, TrainSettings(epochs=2), seed=0)
+    assert torch.equal(model.state_dict()["conv1.weight"], found[0.1, 0.5])
+    with pytest.raises(ConfigError, match="anneal is 2"):
+        TrainSettings(anneal=2)
+    with pytest.raises(ConfigError, match="no len"):
+        train(model, iter([images()]), [images()], TrainSettings(anneal=0.5), 0)
