@@ -34,9 +34,9 @@ def trained() -> Net:
 
 
 def my_space() -> SearchSpace:
-    """Bits of each convolution, channels of the second, and how many weights the head keeps. Size: 160."""
+    """Bits of each convolution and of what they read, channels of the second, what the head keeps. Size: 320."""
     rules = [
-        Quantize("conv*", weight_bits=Choice("bits.{name}", [2, 4, 8, 32])),
+        Quantize("conv*", weight_bits=Choice("bits.{name}", [2, 4, 8, 32]), activation_bits=Choice("inputs", [8, 32])),
         Prune("conv2", structure="channels", keep=Choice("channels", [0.25, 0.5, 0.75, 0.875, 1.0])),
         Prune("head", keep=Choice("head", [0.5, 1.0])),
     ]

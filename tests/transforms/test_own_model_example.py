@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_model"
@@ -30,4 +31,7 @@ def test_it_is_searched_and_leaves_in_every_format(tmp_path: Path) -> None:
         ("packed", "ok"),
         ("onnx-qdq", "ok"),
     ]
+    choices = json.loads((exported / "architecture.json").read_text(encoding="utf-8"))["choices"]
+    operators = [node.op_type for node in onnx.load(exported / "model_qdq.onnx").graph.node]
+    assert operators.count("QuantizeLinear") == (2 if choices["inputs"] == 8 else 0)
     assert "import nasgraph" not in (exported / "model.py").read_text(encoding="utf-8")
