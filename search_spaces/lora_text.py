@@ -53,7 +53,7 @@ def lora_text(
     length: int = 32,
     dataset: str = "tinyshakespeare",
     path: str | None = None,
-    ranks: Sequence[int] = (0, 1, 2, 3, 4, 6, 8, 12, 16),
+    ranks: Sequence[int] = (0, 1, 2, 3, 4, 5, 6, 8, 12, 16),
     layers: int = 3,
     width: int = 48,
     heads: int = 4,
@@ -76,7 +76,7 @@ def lora_text(
         epochs: of the training before.
 
     Shapes: tokens ``(n, length)`` int64 -> logits ``(n, length, vocabulary)``.
-    Size: ``len(ranks) ** (4 * layers + 1)``: 2,541,865,828,329 with the defaults.
+    Size: ``len(ranks) ** (4 * layers + 1)``: 10,000,000,000,000 with the defaults.
     Raises: SpaceError: the task has another vocabulary. DataError: the text is missing.
     """
     task = adapted_text((0.0, 0.5), "same", dataset, path, length)
