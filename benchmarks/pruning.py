@@ -7,8 +7,9 @@
 
 Per seed one supernet over widths and keep ratios (sandwich rule) scores candidates for all budgets. NSGA-II and random
 search get equally many of its scores; the best few of each within a budget are trained, and the best of them on
-validation is the search's network. All networks of the tables are trained alike: without masks first, then with masks that are annealed.
-Arithmetic counts multiply-adds of kept weights (a sparse kernel's). Seeds that the file has are not run again.
+validation is the search's network. All networks of the tables are trained alike: without masks first, then with masks
+that are annealed. Arithmetic counts multiply-adds of kept weights (a sparse kernel's). Seeds that the file has are not
+run again.
 """
 
 from __future__ import annotations
