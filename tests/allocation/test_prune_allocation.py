@@ -23,11 +23,12 @@ from nasgraph.allocation.pruning import (
     repaired_mask,
 )
 from nasgraph.allocation.sparse_training import annealed_masks, fewer_groups
+from nasgraph.allocation.starts import effects
 from nasgraph.build import build
 from nasgraph.errors import ConfigError
 from nasgraph.objectives.sparsity import count_kept_flops, count_kept_parameters
 from nasgraph.search_spaces.prune_cnn import prune_cnn
-from nasgraph.space import SearchSpace
+from nasgraph.space import Architecture, SearchSpace
 from nasgraph.tasks.batch import Batch
 from nasgraph.tasks.images import digits_images
 from nasgraph.training import TrainSettings
@@ -310,3 +311,14 @@ def test_annealing_is_a_setting_of_training_that_reaches_pruned_networks_only() 
         TrainSettings(anneal=2)
     with pytest.raises(ConfigError, match="no len"):
         train(model, iter([images()]), [images()], TrainSettings(anneal=0.5), 0)
+
+
+def test_the_warm_start_of_a_search_measures_the_same() -> None:
+    space, whole = small(), Architecture({"width1": 6, "keep1": 1.0, "width2": 6, "keep2": 1.0})
+    table = keep_sensitivity(build(space, whole, 3), images(), (0.1, 0.5, 1.0), where="conv*")
+    rows = effects(space, lambda arch: build(space, arch, 3), whole, images(), "signal", lambda _: 0.0)
+    found = {(row.choice, row.label): row.damage for row in rows}
+    assert len(found) == 6
+    for i in (1, 2):
+        for ratio in (0.1, 0.5, 1.0):
+            assert found[f"keep{i}", ratio] == pytest.approx(table[f"conv{i}"][ratio], rel=1e-9)
