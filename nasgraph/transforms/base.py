@@ -9,7 +9,7 @@ without transforms, then each transform in the order slice, factors, mask, quant
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -42,6 +42,7 @@ class Transform:
     structural: ClassVar[bool] = False  # it replaces layers, so that other transforms see other layers
     freezes: ClassVar[bool] = False  # a model that it is put on is not trained any more, only what it adds
     kinds: ClassVar[tuple[type[nn.Module], ...]] = tuple(KINDS)  # of layers that it can rewrite
+    amounts: ClassVar[Mapping[str, float]] = {}  # fields of which more is a larger network, and what None counts as
 
     def neutral(self) -> bool:
         """Whether it changes nothing: such a transform is left out, so the network is the plain one bit for bit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -67,6 +67,7 @@ class Lora(Transform):
     blocks: Any = 4
 
     order: ClassVar[int] = 3
+    amounts: ClassVar[Mapping[str, float]] = {"rank": 0}
     freezes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

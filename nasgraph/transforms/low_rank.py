@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -51,6 +51,7 @@ class LowRank(Transform):
     rank: Any = None
     method: Any = "svd"
     order: ClassVar[int] = 0
+    amounts: ClassVar[Mapping[str, float]] = {"rank": math.inf}
     structural: ClassVar[bool] = True
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
 

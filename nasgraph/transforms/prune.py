@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -61,6 +61,7 @@ class Prune(Transform):
     follow: str | None = None
 
     order: ClassVar[int] = 1
+    amounts: ClassVar[Mapping[str, float]] = {"keep": 0}
 
     def __post_init__(self) -> None:
         self.check("keep", _is_ratio, "give a ratio above 0, at most 1")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -75,6 +75,7 @@ class Quantize(Transform):
     nested_bits: Any = 8
 
     order: ClassVar[int] = 2
+    amounts: ClassVar[Mapping[str, float]] = {"weight_bits": 32, "activation_bits": 32, "aggregation_bits": 32}
     apart: ClassVar[tuple[tuple[str, ...], ...]] = (  # settings of three things that do not concern each other
         ("weight_bits", "method", "per", "group_size", "nested_bits"),
         ("activation_bits", "activations"),

@@ -35,6 +35,8 @@ from nasgraph.training.policies import (
     by_size,
     extremes,
 )
+from nasgraph.training.policies.sizes import by_amount
+from nasgraph.transforms import Lora, LowRank, Prune, Quantize
 
 _spec = importlib.util.spec_from_file_location("supernet_spaces", Path(__file__).parents[1] / "supernet_spaces.py")
 assert _spec is not None and _spec.loader is not None
@@ -200,6 +202,62 @@ def test_sizes_are_in_order() -> None:
 
 def grouped(groups: Choice) -> Op:
     return Op(nn.Conv2d, out_channels=4, kernel_size=1, groups=groups)
+
+
+def transformed_space() -> SearchSpace:
+    """A model with every kind of amount, in no order, and settings that are no amounts."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    bits = Choice("bits.{name}", [4, 32, 2, 8])
+    rules = [
+        Quantize("*", weight_bits=bits, activation_bits=Choice("inputs", [None, 4, 8]), activations="lsq"),
+        Prune("0", keep=Choice("keep", [0.5, 1.0, 0.25]), scores=Choice("scores", ["magnitude", "learned"])),
+        LowRank("2", rank=Choice("rank", [2, None, 4])),
+        Lora("4", rank=Choice("adapter", [4, 0, 8])),
+    ]
+    return SearchSpace.from_module(model, rules, inputs=torch.zeros(2, 6))
+
+
+def test_amounts_of_transforms_are_in_the_order_of_their_numbers() -> None:
+    space = transformed_space()
+    bits = (2, 4, 8, 32)
+    expected = {"bits.0": bits, "bits.2": bits, "bits.4": bits, "inputs": (4, 8, None), "keep": (0.25, 0.5, 1.0)}
+    assert by_amount(space) == expected | {"rank": (2, 4, None), "adapter": (0, 4, 8)}
+    sizes = by_size(space, Supernet(space).params)
+    assert {name: sizes[name] for name in by_amount(space)} == by_amount(space)  # a learned step is a parameter more
+    narrow = space.narrowed({"bits.0": [32, 8], "keep": [0.5]})
+    assert by_amount(narrow)["bits.0"] == (8, 32) and "keep" not in by_amount(narrow)
+    rank = LowRank("0", rank=Choice("rank", [None, 4, 0.25]))
+    assert not by_amount(SearchSpace.from_module(nn.Sequential(nn.Linear(8, 8)), [rank]))  # which is more, 4 or 1/4?
+
+
+def test_the_ends_of_a_sandwich_are_those_of_transforms_too() -> None:
+    space = transformed_space()
+    policy = Sandwich(space, supernet=Supernet(space))
+    bits = dict.fromkeys(["bits.0", "bits.2", "bits.4"])
+    most = dict.fromkeys(bits, 32) | {"inputs": None, "keep": 1.0, "rank": None, "adapter": 8}
+    least = dict.fromkeys(bits, 2) | {"inputs": 4, "keep": 0.25, "rank": 2, "adapter": 0}
+    assert {name: policy.largest[name] for name in most} == most
+    assert {name: policy.smallest[name] for name in least} == least
+    for found in steps(policy, 5):
+        assert all(found[0][name] == label for name, label in most.items())
+        assert all(found[1][name] == label for name, label in least.items())
+    nested = Nested(space, Supernet(space))
+    rng = random.Random(0)
+    assert all(nested.at(nested.levels - 1, {}, rng)[name] == label for name, label in most.items())
+
+
+def test_ends_of_amounts_keep_constraints_and_sizes() -> None:
+    """Beside a width, and where the end itself is forbidden."""
+    space = SearchSpace("both")
+    x = space.input("x", torch.zeros(4, 5), {0: "nodes"})
+    low = [Quantize(weight_bits=Choice("bits", [8, 4, 32]))]
+    first = space.add("first", Op(nn.Linear, out_features=Choice("width", [8, 4, 16])), x, transforms=low)
+    space.output(space.add("head", Op(nn.Linear, out_features=3), first))
+    size = Supernet(space).params
+    assert extremes(space, size) == ({"width": 16, "bits": 32}, {"width": 4, "bits": 4})
+    space.constrain("small", lambda arch: arch["bits"] * arch["width"] <= 128)
+    largest, smallest = extremes(space, size)
+    assert largest["bits"] * largest["width"] == 128 and smallest == {"width": 4, "bits": 4}  # at the edge
 
 
 def test_extremes_keep_constraints() -> None:

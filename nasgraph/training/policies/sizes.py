@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 
+from nasgraph.declare import ops_in
 from nasgraph.errors import ConfigError, SpaceError
 from nasgraph.space import TRIES, Architecture, Choice, Label, Op, SearchSpace
 
@@ -15,21 +16,28 @@ Labels = dict[str, Label]
 Size = Callable[[Architecture], float]
 
 DRAWS = 256  # random architectures among which each choice is looked for
+NOTHING = (-math.inf, -math.inf)  # what an architecture that violates a constraint is worth
 
 
 def by_size(space: SearchSpace, size: Size, seed: int = 0, starts: int = 4) -> dict[str, tuple[Label, ...]]:
     """Of each choice whose labels differ in size, the labels from the smallest to the largest.
 
-    Choices between operations are left out: an operation is not larger than another. A label's size is the mean over
-    ``starts`` random architectures that have the choice, with that label and all else alike, whatever the constraints.
+    Choices of bits, ranks and shares that transforms keep are in the order of these numbers (:func:`by_amount`),
+    whatever ``size`` says: learned steps are more parameters than none. Choices between operations are left out: an
+    operation is not larger than another. Another label's size is the mean over ``starts`` random architectures that
+    have the choice, with that label and all else alike, whatever the constraints.
 
     Args:
         size: e.g. ``Supernet.params``.
     """
     rng = random.Random(f"sizes/{seed}")
     drawn = [space.sample(rng) for _ in range(DRAWS)]
+    amounts = by_amount(space)
     found: dict[str, tuple[Label, ...]] = {}
     for choice in _sized(space):
+        if choice.name in amounts:
+            found[choice.name] = amounts[choice.name]
+            continue
         sizes: dict[Label, list[float]] = {label: [] for label in choice.labels}
         for arch in [arch for arch in drawn if choice.name in arch][:starts]:
             context = {**_anything(space, rng), **arch}
@@ -42,12 +50,32 @@ def by_size(space: SearchSpace, size: Size, seed: int = 0, starts: int = 4) -> d
     return found
 
 
+def by_amount(space: SearchSpace) -> dict[str, tuple[Label, ...]]:
+    """Of each choice that is an amount of a transform (its ``amounts``), the labels from the least to the most.
+
+    Ranks among shares of full rank are left out: which is more depends on the layer.
+    """
+    found: dict[str, tuple[Label, ...]] = {}
+    for op in (op for node in space._ops.values() for op in ops_in(node)):
+        for field, none in getattr(op.make, "amounts", {}).items():
+            choice = op.kwargs.get(field)
+            if not isinstance(choice, Choice):
+                continue
+            options = {label: choice.option(label) for label in space.choices[choice.name].labels}
+            amount = {label: none if option is None else option for label, option in options.items()}
+            numbers = [number for number in amount.values() if isinstance(number, int | float)]
+            mixed = any(0 < number < 1 for number in numbers) and any(1 < number < math.inf for number in numbers)
+            if len(numbers) == len(amount) > 1 and not mixed:
+                found[choice.name] = tuple(sorted(amount, key=amount.__getitem__))
+    return found
+
+
 def extremes(space: SearchSpace, size: Size, seed: int = 0, starts: int = 4) -> tuple[Labels, Labels]:
     """The decisions of the largest and of the smallest architecture, for :class:`Sandwich`.
 
     From ``starts`` architectures with each choice of :func:`by_size` at its end, these choices are moved to the label
-    of largest (smallest) ``size`` one after the other, until none moves. The labels are those of the largest
-    (smallest) architecture found; a choice that it does not have keeps its end.
+    of largest (smallest) ``size`` one after the other, until none moves; amounts of transforms come before ``size``.
+    The labels are those of the largest (smallest) architecture found; a choice that it does not have keeps its end.
 
     Args:
         size: e.g. ``Supernet.params``.
@@ -63,23 +91,28 @@ def _end(
     space: SearchSpace, size: Size, order: Mapping[str, tuple[Label, ...]], begin: list[Labels], sign: int
 ) -> Labels:
     end = {name: labels[-1 if sign > 0 else 0] for name, labels in order.items()}
+    amounts = by_amount(space)
 
-    def measured(labels: Labels) -> float:
+    def measured(labels: Labels, least: float = -math.inf) -> tuple[float, float]:
+        """Places of the amounts in their orders, and the size, which is not looked at if these are below ``least``."""
         arch = space.architecture(labels)
-        return -math.inf if space.violated(arch) else sign * size(arch)
+        if space.violated(arch):
+            return NOTHING
+        places = sign * sum(amounts[name].index(label) for name, label in arch.items() if name in amounts)
+        return (places, -math.inf if places < least else sign * size(arch))
 
-    best, found = -math.inf, end
+    best, found = NOTHING, end
     for start in begin:
         labels = {**start, **end}
         value = measured(labels)
-        if value == -math.inf:
+        if value == NOTHING:
             labels, value = dict(start), measured(start)
         moved = True
         while moved:
             moved = False
             for name in order:
                 for label in order[name]:
-                    other = measured({**labels, name: label})
+                    other = measured({**labels, name: label}, value[0])
                     if other > value:
                         labels, value, moved = {**labels, name: label}, other, True
         if value > best:
