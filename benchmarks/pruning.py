@@ -19,6 +19,7 @@ import itertools
 import json
 import platform
 import random
+import re
 import sys
 import time
 import warnings
@@ -308,7 +309,8 @@ def run(name: str, seed: int, plan: Plan) -> dict[str, Any]:
     def row(kind: str, budget: float, method: str, arch: Architecture, scores: str = "magnitude") -> None:
         val, model = bench.result(arch, scores)
         test = 100 * bench.task.score(model, "test")["accuracy"]
-        rows.append([kind, budget, method, *(round(x, 4) for x in (test, val, *bench.shares(arch))), dict(arch)])
+        rows.append([kind, budget, method, *(round(x, 4) for x in (test, val, *bench.shares(arch)))])
+        rows[-1].append({choice: round(label, 4) for choice, label in arch.items()})
         print(f"{name} seed {seed}: {kind} {budget:g}, {method}: {test:.2f}", file=sys.stderr, flush=True)
 
     row("dense", 1.0, "all widths, no mask", bench.ends[0])
@@ -392,7 +394,8 @@ def report(found: Mapping[str, Any]) -> str:
         for method, values in table.items():
             accuracy = values[..., 1]
             same = np.array_equal(lead, accuracy.mean(1))
-            p = "" if same else f"{ttest_rel(lead, accuracy.mean(1), alternative='greater').pvalue:.3f}"
+            chance = 1.0 if same else float(ttest_rel(lead, accuracy.mean(1), alternative="greater").pvalue)
+            p = "" if same else "< 0.001" if chance < 0.001 else f"{chance:.3f}"
             area = np.mean([volume(map(tuple, one), budgets) for one in values])
             used = (values[..., 0] / np.array(budgets)).mean()
             both = zip(accuracy.mean(0), accuracy.std(0, ddof=1), strict=True)
@@ -472,7 +475,7 @@ def main() -> None:
 
 def dumped(found: Mapping[str, Any]) -> str:
     """JSON with a line for each row."""
-    return json.dumps(found, indent=1).replace("\n     ", " ").replace("\n    ]", "]").replace("\n     }", "}")
+    return re.sub(r"\n {4}(?=[\]}])", "", re.sub(r"\n {5,}", "", json.dumps(found, indent=1)))
 
 
 if __name__ == "__main__":
