@@ -79,7 +79,7 @@ class Plan:
 PLANS = {
     "digits_images": Plan({"batch_size": 64}, 2, (12, 12, 40), 200, 3),
     "mnist": Plan({"train_samples": 1000, "val": 0.05}, 3, (5, 5, 20), 120, 2, BUDGETS[:3], 2500),
-    "cifar10": Plan({"train_samples": 2000, "val": 0.1, "flip": True}, 3, (4, 4, 10), 120, 2, BUDGETS[:3]),
+    "cifar10": Plan({"train_samples": 1500, "val": 0.1, "flip": True}, 3, (4, 4, 10), 80, 2, (0.05, 0.2)),
 }
 FIRST, AFTER = (TrainSettings(epochs=1, lr=lr, weight_decay=1e-4) for lr in (0.01, 0.003))
 NSGA, RANDOM, GRID = "NSGA-II", "random search", "supernet's ratios"
