@@ -18,7 +18,7 @@ from torch import fx, nn
 
 from nasgraph.build import Made
 from nasgraph.errors import ExportError
-from nasgraph.export import weights
+from nasgraph.export import placed, weights
 from nasgraph.export.base import Outgoing, Written, shape_text
 from nasgraph.export.sources import Names
 from nasgraph.model_space import Base
@@ -103,7 +103,7 @@ def source(
         loading: lines between ``model = Model()`` and ``return model.eval()``; default: ``file`` is its state.
         uses: functions that ``loading`` calls; they are copied.
     """
-    calls: Mapping[str, Made] = outgoing.model.meta.get("calls", {})
+    calls = placed.calls(outgoing.model.meta.get("calls", {}), outgoing.model)
     names = Names(OWN_NAMES)
     for name, statement in IMPORTS.items():
         names.need(name, statement, "an import that every exported file has")
@@ -398,8 +398,8 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _broken(text: str, indent: int) -> list[str]:
-    """A line that is too long, broken at the commas of its first bracket, and those lines again."""
-    start = text.find("(", indent)
+    """A line that is too long, broken at the commas of its first call or dict, and those lines again."""
+    start = min((place for place in (text.find("(", indent), text.find("{", indent)) if place >= 0), default=-1)
     if len(text) <= WIDTH or start < 0:
         return [text]
     depth, quote, pieces, piece = 0, "", [], ""

@@ -19,13 +19,10 @@ from torch import Tensor, fx, nn
 import nasgraph
 from nasgraph.build import Made
 from nasgraph.errors import ExportError
-from nasgraph.export import code
+from nasgraph.export import code, placed
 from nasgraph.export.base import Outgoing, Written
 from nasgraph.export.weights import shared_tensors
-from nasgraph.held import kind
-from nasgraph.model_space import Picked
 from nasgraph.transforms.deploy import Deployed, StoredWeight, deploy
-from nasgraph.transforms.layers import plain_linears
 
 FILE = "packed.safetensors"
 CODE = "packed_model.py"
@@ -53,7 +50,7 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     deployed = deploy(outgoing.model)
     model = deployed.model
     assert isinstance(model, fx.GraphModule)
-    model.meta = {**model.meta, "calls": calls(model)}
+    model.meta = {**model.meta, "calls": placed.calls(model.meta.get("calls", {}), model)}
     tensors, about = contents(deployed)
     about |= {
         "space": outgoing.space.name,
@@ -201,35 +198,6 @@ def _loading(deployed: Deployed, made_by: Mapping[str, Made]) -> list[str]:
         "    model.get_submodule(name).on_weight.clear()  # the file holds what masks and quantisers gave",
     ]
     return [*(drop if made else []), "model.load_state_dict(unpacked(file))"]
-
-
-def calls(model: fx.GraphModule) -> dict[str, Made]:
-    """What makes each submodule: the plain operation, where that gives the same modules and names of parameters."""
-    found = {}
-    for name, made in model.meta.get("calls", {}).items():
-        found[name] = made
-        op = _plain(made)
-        if op is not None:
-            with torch.random.fork_rng(devices=[]):
-                same = _outline(plain_linears(op())) == _outline(model.get_submodule(name))
-            found[name] = op if same else made
-    return found
-
-
-def _plain(made: Made) -> Made | None:
-    """What makes the module of ``made`` without transforms; None: ``made`` has none, or nothing tells."""
-    if "transforms" not in made.kwargs:
-        return None
-    base = made.kwargs.get("model")
-    op = made.kwargs.get("op") if base is None else base.made
-    if made.kwargs.get("output") is not None and op is not None:
-        op = Made(Picked, {"model": op, "output": made.kwargs["output"]})
-    return op if isinstance(op, Made) else None
-
-
-def _outline(module: nn.Module) -> list[Any]:
-    shapes = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in module.state_dict().items()]
-    return [[(name, kind(each)) for name, each in module.named_modules()], shapes]
 
 
 def _detail(deployed: Deployed) -> str:

@@ -96,7 +96,8 @@ def test_the_code_beside_it_is_plain_where_it_can_be(exported: Any) -> None:
     for name in ("ternary", "binary", "masked", "nested"):
         assert f"self.{name} = nn.Linear(" in text
     assert "self.gat = GATConv(" in text
-    assert "self.activations = transformed(" in text.replace("\n            ", "")
+    assert "self.activations = placed(" in text and "class ActivationQuantizer" in text
+    assert "class Transform:" not in text and "class Quantize(" not in text
 
 
 @pytest.mark.parametrize("name", ["layers", "convolutions"])
