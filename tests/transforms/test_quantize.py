@@ -18,8 +18,8 @@ from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
 from nasgraph.transforms import Prune, Quantize
 from nasgraph.transforms.base import transformed
-from nasgraph.transforms.ranges import freeze_ranges, start_steps
 from nasgraph.transforms.quantizers import ActivationQuantizer, LearnedStep, MinMax, NestedBits, WeightQuantizer
+from nasgraph.transforms.ranges import freeze_ranges, start_steps
 
 EDGES = torch.tensor([[0, 1, 2, 3, 1], [1, 2, 3, 0, 3]])
 BITS = [1, 2, 3, 4, 5, 6, 7, 8, 16]
