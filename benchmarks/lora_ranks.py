@@ -367,11 +367,11 @@ def report(
         )
     searched, blind = ([row["loss"] for row in results[name]] for name in SEARCHES)
     lines += ["", f"The search against random search: {against(searched, blind).replace(' | ', ' nats, p ')}.", ""]
-    shown = [*SEARCHES, "AdaLoRA", "gradients at the start"]
-    lines += ["Mean rank of each matrix:", "", f"| matrix | parameters of rank 1 | {' | '.join(shown)} |"]
-    lines += ["| --- | ---: |" + " ---: |" * len(shown)]
+    columns = [*SEARCHES, "AdaLoRA", "gradients at the start"]
+    lines += ["Mean rank of each matrix:", "", f"| matrix | parameters of rank 1 | {' | '.join(columns)} |"]
+    lines += ["| --- | ---: |" + " ---: |" * len(columns)]
     for name in problem.one:
-        means = [f"{statistics.mean(ranks[name] for ranks in chosen[how]):.1f}" for how in shown]
+        means = [f"{statistics.mean(ranks[name] for ranks in chosen[how]):.1f}" for how in columns]
         lines.append(f"| `{name.removeprefix('rank.')}` | {problem.one[name]} | {' | '.join(means)} |")
     even, odd = (pairs_at(pairs, given.pairs, rest) for rest in (0, 1))
     kinds = {"all": pairs, "at the budget": even, "of any size": odd}
@@ -382,7 +382,7 @@ def report(
         rho = spearmanr([a for a, _, _ in some], [b for _, b, _ in some])
         sizes = [c for _, _, c in some]
         cost = "" if max(sizes) < 1.1 * min(sizes) else f"{spearmanr(sizes, [b for _, b, _ in some]).statistic:.2f}"
-        lines.append(f"| {kind} | {len(some)} | {rho.statistic:.2f} | {rho.pvalue:.3f} | {cost} |")
+        lines.append(f"| {kind} | {len(some)} | {rho.statistic:.2f} | {shown(rho.pvalue)} | {cost} |")
     return "\n".join([*lines, ""])
 
 
@@ -393,15 +393,18 @@ def pairs_at(pairs: Pairs, each: int, odd: int) -> Pairs:
 def against(losses: list[float], reference: list[float]) -> str:
     """Mean difference and p."""
     difference = statistics.mean(a - b for a, b in zip(losses, reference, strict=True))
-    p = "" if losses == reference else f"{ttest_rel(losses, reference).pvalue:.3f}"
-    return f"{difference:+.4f} | {p}"
+    return f"{difference:+.4f} | {'' if losses == reference else shown(ttest_rel(losses, reference).pvalue)}"
+
+
+def shown(p: float) -> str:
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 SEARCHES = ("search, each trained", "random search, each trained")
 SIZES = {
     "seeds": (5, "repetitions of everything"),
     "trainings": (24, "candidates of a search that are trained alone"),
-    "starts": (2, "of the test of each row"),
+    "starts": (5, "of the test of each row"),
     "steps": (600, "of a supernet"),
     "count": (100, "evaluations of the search in a supernet"),
     "few": (4, "of the best in the supernet that are trained alone"),

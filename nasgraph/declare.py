@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nasgraph.space import SearchSpace
 
 Label = Union[str, int, float, bool, None]  # noqa: UP007 - used at run time on Python 3.10
+Cube = dict[str, frozenset[Label]]  # choice -> labels that it may have; a choice that is not named may have any
 
 
 class Expr:
@@ -362,6 +363,43 @@ def parts_of(thing: Any) -> tuple[Any, ...]:
     if isinstance(thing, dict):
         return tuple(thing.values())
     return tuple(thing) if isinstance(thing, list | tuple) else ()
+
+
+def ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, Any]]:
+    """Every way to decide ``thing``, and what it is then. ``whole``: stop at an ``Op``, with its choices still open."""
+    if isinstance(thing, Choice):
+        for label in thing.labels:
+            if label in cube.get(thing.name, thing.labels):
+                yield from ways(thing.option(label), {**cube, thing.name: frozenset([label])}, whole)
+    elif isinstance(thing, Switch):
+        name, cases = thing.choice.name, thing.cases
+        alike: dict[int, list[Label]] = {}
+        for label in thing.choice.labels:
+            if label in cube.get(name, thing.choice.labels):
+                alike.setdefault(id(cases[label]), []).append(label)
+        for labels in alike.values():
+            yield from ways(cases[labels[0]], {**cube, name: frozenset(labels)}, whole)
+    elif isinstance(thing, Op):
+        if whole:
+            yield cube, thing
+            return
+        for after, kwargs in ways(thing.kwargs, cube):
+            yield after, ConcreteOp(thing.make, kwargs, thing.label, thing.is_call, thing.takes)
+    elif isinstance(thing, Arithmetic):
+        for after, (left, right) in ways((thing.left, thing.right), cube):
+            yield after, thing.function(left, right)
+    elif isinstance(thing, dict):
+        for after, values in ways(tuple(thing.values()), cube):
+            yield after, dict(zip(thing, values, strict=True))
+    elif isinstance(thing, list | tuple):
+        if not thing:
+            yield cube, thing
+            return
+        for middle, first in ways(thing[0], cube):
+            for after, rest in ways(tuple(thing[1:]), middle):
+                yield after, type(thing)((first, *rest))
+    else:
+        yield cube, thing
 
 
 def plain(thing: Any) -> Any:

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nasgraph.build import Made, node_seed
-from nasgraph.declare import as_op, choices_in, named
+from nasgraph.declare import as_op, choices_in, named, ways
 from nasgraph.errors import SpaceError
 from nasgraph.held import hold
 from nasgraph.space import Architecture, Choice, ConcreteOp, Label, Op, SearchSpace
-from nasgraph.supernet.variants import _ways
 from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
 from nasgraph.transforms.flow import flow
 from nasgraph.transforms.layers import plain_linears
@@ -120,7 +119,7 @@ class ModelSpace(SearchSpace):
         op: Any = self._ops[NODE]
         picked: dict[str, Label] = {}
         for each in op.kwargs["transforms"]:
-            for cube, made in _ways(each, {name: frozenset([label]) for name, label in picked.items()}):
+            for cube, made in ways(each, {name: frozenset([label]) for name, label in picked.items()}):
                 if made.make(**made.kwargs).neutral():
                     picked |= {name: next(iter(labels)) for name, labels in cube.items()}
                     break
@@ -380,9 +379,9 @@ def _settings(transforms: Sequence[Op]) -> Iterator[list[Transform]]:
     """Settings that together add every parameter: one transform at a time, beside each setting of structural ones."""
     structural = [each for each in transforms if getattr(each.make, "structural", False)]
     others = [each for each in transforms if each not in structural]
-    for cube, first in _ways(structural, {}):
+    for cube, first in ways(structural, {}):
         for other in [None, *others]:
-            for _, second in _ways([] if other is None else [other], cube):
+            for _, second in ways([] if other is None else [other], cube):
                 made = [each.make(**each.kwargs) for each in (*first, *second)]
                 if in_order(made) and not any(getattr(each, "sizes_only", False) for each in made):
                     yield made

@@ -21,10 +21,9 @@ from torch import nn
 
 from nasgraph.build import _made, build_graph
 from nasgraph.canonical import simplify
-from nasgraph.declare import Choice, Label, Op, Switch, as_op, choices_in, ops_in
+from nasgraph.declare import Choice, Label, Op, Switch, as_op, choices_in, ops_in, ways
 from nasgraph.errors import SpaceError
 from nasgraph.space import SearchSpace
-from nasgraph.supernet.variants import _ways
 from nasgraph.transforms.base import CannotRewrite, Transform, rewritten, transformed
 from nasgraph.transforms.low_rank import sizes_only
 
@@ -74,7 +73,7 @@ def check_kinds(node: str, op: Op | Choice | Switch, transforms: Sequence[Transf
     Raises: SpaceError: names the operation and the layers that the transform can rewrite.
     """
     settings = [setting for transform in transforms for _, setting in _settings(transform, strict=False)]
-    for _, each in _ways(op, {}, whole=True):
+    for _, each in ways(op, {}, whole=True):
         module = _looked_at(each)
         if module is None:
             continue
@@ -185,11 +184,11 @@ def _told(labels: Mapping[str, Label]) -> str:
 
 def _some(op: Op) -> Iterator[Any]:
     """The ways to decide ``op``: all, or if there are too many, some in which each option occurs."""
-    if len(list(islice(_ways(op, {}), LIMIT + 1))) <= LIMIT:
-        yield from _ways(op, {})
+    if len(list(islice(ways(op, {}), LIMIT + 1))) <= LIMIT:
+        yield from ways(op, {})
         return
     for labels in _each_option(choices_in(op), 4 * ROUNDS):
-        yield next(_ways(op, {name: frozenset([label]) for name, label in labels.items()}))
+        yield next(ways(op, {name: frozenset([label]) for name, label in labels.items()}))
 
 
 def _both(first: Sequence[Setting], second: Sequence[Setting]) -> Iterator[tuple[Setting, Setting]]:
@@ -220,7 +219,7 @@ def _looked_at(op: Op) -> nn.Module | None:
         return None
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         try:
-            _, concrete = next(_ways(op, {}))
+            _, concrete = next(ways(op, {}))
             return _made(concrete, GUESS)()
         except Exception:  # a size that does not go with the guess; build() tells
             return None

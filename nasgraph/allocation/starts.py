@@ -19,10 +19,9 @@ import torch
 from torch import nn
 
 from nasgraph.build import build, node_seed
-from nasgraph.declare import choices_in, ops_in
+from nasgraph.declare import choices_in, ops_in, ways
 from nasgraph.errors import ConfigError, SpaceError, did_you_mean
 from nasgraph.space import Architecture, Choice, Label, Op, SearchSpace
-from nasgraph.supernet.variants import _ways
 from nasgraph.tasks.batch import Batch
 from nasgraph.transforms.base import Transform, transformed
 from nasgraph.transforms.damage import METHODS
@@ -84,7 +83,7 @@ def reference(space: SearchSpace, given: Mapping[str, Label] | None = None) -> A
         raise SpaceError(f"space '{space.name}' has no transform with a choice: there is nothing to measure")
     mildest: dict[str, Label] = {}
     for op in transform_ops(space):
-        for cube, made in _ways(op, {name: frozenset([label]) for name, label in mildest.items()}):
+        for cube, made in ways(op, {name: frozenset([label]) for name, label in mildest.items()}):
             if made.make(**made.kwargs).neutral():
                 mildest |= {name: next(iter(labels)) for name, labels in cube.items() if len(labels) == 1}
                 break

@@ -16,12 +16,11 @@ import torch
 from torch import nn
 
 from nasgraph.build import Made, _made, _Shapes, _written
-from nasgraph.declare import Arithmetic, reads
+from nasgraph.declare import Cube, reads, ways
 from nasgraph.errors import SpaceError
 from nasgraph.space import Choice, ConcreteOp, Label, Op, SearchSpace, Step, Switch
 
 Shape = tuple[int, ...]
-Cube = dict[str, frozenset[Label]]  # choice -> labels that it may have; a choice that is not named may have any
 Tensors = tuple[Shape, torch.dtype]
 
 LIMIT = 20_000  # forms of one node
@@ -72,7 +71,7 @@ def variants(space: SearchSpace) -> dict[tuple[str, str], list[Variant]]:
                 if form[1] is not None and form[1] not in mine:
                     mine.append(form[1])
         tables[name] = _merged(forms, space.choices)
-    if not any(tables[source.name] for _, source in _ways(space._output, {})):
+    if not any(tables[source.name] for _, source in ways(space._output, {})):
         raise failed or SpaceError(f"space '{space.name}' has no architecture")
     return {key: forms for key, forms in found.items() if forms}
 
@@ -118,48 +117,11 @@ def _readings(
     space: SearchSpace, node: str, apart: bool = False
 ) -> Iterator[tuple[Cube, ConcreteOp, Op, tuple[str, ...]]]:
     """Every way to decide what ``node`` is and what it reads. ``apart``: with one transform at a time."""
-    for cube, make in _ways(space._ops[node], {}, whole=True):
+    for cube, make in ways(space._ops[node], {}, whole=True):
         for some in _parts(make) if apart else [make]:
-            for with_op, op in _ways(some, cube):
-                for decided, sources in _ways(space._sources[node][: reads(op)], with_op):
+            for with_op, op in ways(some, cube):
+                for decided, sources in ways(space._sources[node][: reads(op)], with_op):
                     yield decided, op, make, tuple(source.name for source in sources)
-
-
-def _ways(thing: Any, cube: Cube, whole: bool = False) -> Iterator[tuple[Cube, Any]]:
-    """Every way to decide ``thing``, and what it is then. ``whole``: stop at an ``Op``, with its choices still open."""
-    if isinstance(thing, Choice):
-        for label in thing.labels:
-            if label in cube.get(thing.name, thing.labels):
-                yield from _ways(thing.option(label), {**cube, thing.name: frozenset([label])}, whole)
-    elif isinstance(thing, Switch):
-        name, cases = thing.choice.name, thing.cases
-        alike: dict[int, list[Label]] = {}
-        for label in thing.choice.labels:
-            if label in cube.get(name, thing.choice.labels):
-                alike.setdefault(id(cases[label]), []).append(label)
-        for labels in alike.values():
-            yield from _ways(cases[labels[0]], {**cube, name: frozenset(labels)}, whole)
-    elif isinstance(thing, Op):
-        if whole:
-            yield cube, thing
-            return
-        for after, kwargs in _ways(thing.kwargs, cube):
-            yield after, ConcreteOp(thing.make, kwargs, thing.label, thing.is_call, thing.takes)
-    elif isinstance(thing, Arithmetic):
-        for after, (left, right) in _ways((thing.left, thing.right), cube):
-            yield after, thing.function(left, right)
-    elif isinstance(thing, dict):
-        for after, values in _ways(tuple(thing.values()), cube):
-            yield after, dict(zip(thing, values, strict=True))
-    elif isinstance(thing, list | tuple):
-        if not thing:
-            yield cube, thing
-            return
-        for middle, first in _ways(thing[0], cube):
-            for after, rest in _ways(tuple(thing[1:]), middle):
-                yield after, type(thing)((first, *rest))
-    else:
-        yield cube, thing
 
 
 def _parts(op: Op) -> list[Op]:

@@ -49,9 +49,7 @@ def adapted_text(
         )
     ends = tuple(part)
     if len(ends) != 2 or not all(isinstance(end, int | float) for end in ends) or not 0 <= ends[0] < ends[1] <= 1:
-        raise ConfigError(
-            f"adapted_text: part is {list(ends)}: give two ascending shares, such as [0.5, 1]"
-        )
+        raise ConfigError(f"adapted_text: part is {list(ends)}: give two ascending shares, such as [0.5, 1]")
     whole = characters(dataset, path, length, batch_size, steps, windows, val, test, root)
     load = partial(_part, whole.load, whole.name, ends, letters, length, val, test)
     return TextTask(f"{whole.name}, {letters}", load, length, batch_size, steps, windows)

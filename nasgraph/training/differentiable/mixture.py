@@ -32,11 +32,12 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nasgraph.build import _made, _Shapes
+from nasgraph.declare import Cube, ways
 from nasgraph.errors import ConfigError, SpaceError, did_you_mean
 from nasgraph.space import ConcreteOp, Label, SearchSpace, Step
 from nasgraph.supernet.slicing import Shape, taken
 from nasgraph.supernet.structure import without_numbers
-from nasgraph.supernet.variants import Cube, Tensors, _form, _joined, _merged, _readings, _ways, options
+from nasgraph.supernet.variants import Tensors, _form, _joined, _merged, _readings, options
 
 if TYPE_CHECKING:
     from nasgraph.supernet import Supernet
@@ -291,7 +292,7 @@ class Mixture:
                 places[name] = self._place(name, found, entries)
         last: dict[Any, Form] = {}
         entries = []
-        for cube, node in _ways(space._output, {}):
+        for cube, node in ways(space._output, {}):
             for joined, (tensor,) in _joined(cube, [tables[node.name]]):
                 key = (node.name, tensor)
                 last.setdefault(key, Form(None, (node.name,), (tensor[0],), tensor[0]))
