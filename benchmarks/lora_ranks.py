@@ -325,6 +325,9 @@ def one_seed(seed: int, given: argparse.Namespace) -> tuple[dict[str, Row], dict
         starts = [problem.train(ranks, 100 + 10 * seed + i, "test") for i in range(given.starts)]
         results[name] = {key: statistics.mean(start[key] for start in starts) for key in starts[0]}
         results[name] |= {"supernet": score(ranks), "params": problem.cost(ranks)}
+        if given.confirm and (name in (*SEARCHES, "AdaLoRA") or "everywhere" in name):
+            more = (problem.train(ranks, 5000 + 100 * seed + i, "test")["loss"] for i in range(given.confirm))
+            results[name]["confirmed"] = statistics.mean(more)
         print(f"seed {seed}, {name}: {results[name]} {list(ranks.values())}", flush=True)
     pairs, rng = [], random.Random(seed)
     for i in range(given.pairs):
@@ -367,6 +370,7 @@ def report(
         )
     searched, blind = ([row["loss"] for row in results[name]] for name in SEARCHES)
     lines += ["", f"The search against random search: {against(searched, blind).replace(' | ', ' nats, p ')}.", ""]
+    lines += confirmed(given, results)
     columns = [*SEARCHES, "AdaLoRA", "gradients at the start"]
     lines += ["Mean rank of each matrix:", "", f"| matrix | parameters of rank 1 | {' | '.join(columns)} |"]
     lines += ["| --- | ---: |" + " ---: |" * len(columns)]
@@ -384,6 +388,22 @@ def report(
         cost = "" if max(sizes) < 1.1 * min(sizes) else f"{spearmanr(sizes, [b for _, b, _ in some]).statistic:.2f}"
         lines.append(f"| {kind} | {len(some)} | {rho.statistic:.2f} | {shown(rho.pvalue)} | {cost} |")
     return "\n".join([*lines, ""])
+
+
+def confirmed(given: argparse.Namespace, results: dict[str, list[Row]]) -> list[str]:
+    """The main rows again, from starts that neither the searches nor the table above have seen."""
+    losses = {name: [row["confirmed"] for row in rows] for name, rows in results.items() if "confirmed" in rows[0]}
+    if not losses:
+        return []
+    uniform = next(name for name in losses if "everywhere" in name)
+    lines = [f"The same ranks from {given.confirm} further starts for each seed:", ""]
+    lines += [f"| ranks | test loss | minus that of {uniform} | p | minus that of random search | p |"]
+    lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
+    for name, own in sorted(losses.items(), key=lambda entry: statistics.mean(entry[1])):
+        spread = statistics.stdev(own) if len(own) > 1 else 0.0
+        others = f"{against(own, losses[uniform])} | {against(own, losses[SEARCHES[1]])}"
+        lines.append(f"| {name} | {statistics.mean(own):.4f} +- {spread:.4f} | {others} |")
+    return [*lines, ""]
 
 
 def pairs_at(pairs: Pairs, each: int, odd: int) -> Pairs:
@@ -404,7 +424,8 @@ SEARCHES = ("search, each trained", "random search, each trained")
 SIZES = {
     "seeds": (5, "repetitions of everything"),
     "trainings": (24, "candidates of a search that are trained alone"),
-    "starts": (5, "of the test of each row"),
+    "starts": (2, "of the test of each row"),
+    "confirm": (8, "further starts of uniform ranks, AdaLoRA and the two searches"),
     "steps": (600, "of a supernet"),
     "count": (100, "evaluations of the search in a supernet"),
     "few": (4, "of the best in the supernet that are trained alone"),

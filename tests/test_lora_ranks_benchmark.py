@@ -102,6 +102,9 @@ def test_the_page_compares_with_the_best_uniform_rank(bench: Any) -> None:
         name: [{"val": loss, "loss": loss + rng.uniform(0, 0.02), "accuracy": 0.5, "params": 64} for _ in range(3)]
         for name, loss in losses.items()
     }
+    for name in (bench.SEARCHES[0], bench.SEARCHES[1], "uniform rank 2 everywhere"):
+        for row in rows[name]:
+            row["confirmed"] = row["loss"] + rng.uniform(0, 0.02)
     chosen = {name: [dict.fromkeys(NAMES, 2)] * 3 for name in losses}
     pairs = [(float(i), float(i * i), 60 + (i % 2) * 10 * i) for i in range(12)]
     text = bench.report(given, rows, chosen, pairs)
@@ -113,4 +116,6 @@ def test_the_page_compares_with_the_best_uniform_rank(bench: Any) -> None:
         difference, p = np.mean(searched) - np.mean(other), ttest_rel(searched, other).pvalue
         (found,) = (each for each in text.splitlines() if each.startswith(line))
         assert f"{difference:+.4f}" in found and bench.shown(p) in found
+    further = np.mean([row["confirmed"] for row in rows[bench.SEARCHES[0]]])
+    assert f"| {bench.SEARCHES[0]} | {further:.4f} +- " in text and text.count("| AdaLoRA |") == 2
     assert "| at the budget | 6 | 1.00 | < 0.001 |  |" in text and "| all | 12 | 1.00 |" in text
