@@ -401,6 +401,11 @@ def report(found: Mapping[str, Any]) -> str:
             both = zip(accuracy.mean(0), accuracy.std(0, ddof=1), strict=True)
             each = " | ".join(f"{mean:.1f} ± {spread:.1f}" for mean, spread in both)
             lines.append(f"| {method} | {each} | {accuracy.mean():.1f} | {area:.1f} | {used:.2f} | {p} |")
+        rows = {row[2] for result in seeds.values() for row in result["rows"] if row[0] == kind}
+        if rows - set(table):
+            lines.append(
+                f"\nLeft out, as a seed has no such network at some budget: {', '.join(sorted(rows - set(table)))}."
+            )
     return "\n".join(lines) + "\n"
 
 
