@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nasgraph.build import build, build_graph
@@ -29,7 +30,9 @@ from nasgraph.errors import DamagedFile, NotFinite
 from nasgraph.executors import InProcess
 from nasgraph.export import Exported, Request, export_many, verify
 from nasgraph.export.base import grown
+from nasgraph.export.packed import contents, unpacked
 from nasgraph.objectives.base import Scored
+from nasgraph.objectives.bits import count_model_bits
 from nasgraph.ops import add
 from nasgraph.pareto import Direction
 from nasgraph.space import Architecture, Call, Choice, Op, SearchSpace
@@ -40,6 +43,7 @@ from nasgraph.tasks.node import NodeData, NodeTask
 from nasgraph.training import TrainSettings
 from nasgraph.training.policies import Policy
 from nasgraph.transforms import Transform
+from nasgraph.transforms.deploy import deploy
 
 CONVOLUTIONS = ("gat", "gatv2", "gcn", "gin", "cheb", "sage-mean", "sage-max", "arma", "graph", "gen", "pna", "fc")
 
@@ -562,6 +566,20 @@ class TransformExam:
             assert space.model(architecture)(x).isfinite().all()
         assert torch.equal(model(x), outputs)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    def test_what_it_says_of_its_bits_is_what_is_stored(self, tmp_path: Path) -> None:
+        for space, _ in self.spaces():
+            for architecture in space.enumerate():
+                deployed = deploy(build(space, architecture))
+                tensors, about = contents(deployed)
+                save_file(tensors, tmp_path / "weights", metadata={"nasgraph": json.dumps(about)})
+                assert count_model_bits(build(space, architecture)) == 8 * sum(each.nbytes for each in tensors.values())
+                again, state = unpacked(tmp_path / "weights"), deployed.model.state_dict()
+                for name, tensor in state.items():
+                    assert torch.equal(again[name], tensor), f"(codes + offset) * scale is not forward's {name}"
+                weight = state.get("first.weight")
+                few = weight is not None and 8 * len(weight.unique()) <= weight.numel()
+                assert not few or "first" in deployed.weights, "few levels that count as floats: see deploy.Coded"
 
     def transform_at(self, where: str) -> Transform:
         """The transform for modules of that name."""

@@ -116,9 +116,9 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def input_bits(layer: nn.Module) -> int:
-    """Bits of what a layer computes with as its input."""
+    """Bits of what a layer computes with as its input: the least ``bits`` of a module in ``on_input``."""
     steps = getattr(layer, "on_input", {}).values()
-    return min([step.bits for step in steps if isinstance(step, ActivationQuantizer)], default=FLOAT_BITS)
+    return min([step.bits for step in steps if isinstance(getattr(step, "bits", None), int)], default=FLOAT_BITS)
 
 
 @contextmanager

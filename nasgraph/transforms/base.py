@@ -46,7 +46,7 @@ class Transform:
 
     def neutral(self) -> bool:
         """Whether it changes nothing: such a transform is left out, so the network is the plain one bit for bit."""
-        raise NotImplementedError
+        raise SpaceError(f"{type(self).__name__} has no neutral(): say there when it changes nothing (never: False)")
 
     def canonical(self) -> Transform:
         """The same network by other words: settings that have no effect beside the others are at their defaults.
@@ -63,7 +63,7 @@ class Transform:
 
     def rewrite(self, layer: nn.Module) -> nn.Module:
         """``layer``, one of ``kinds``, rewritten: in place, or another module in its place."""
-        raise NotImplementedError
+        raise SpaceError(f"{type(self).__name__} has no rewrite(layer): return there what takes the layer's place")
 
     def apply(self, module: nn.Module) -> nn.Module:
         """``module`` with its layers at ``where`` rewritten, in place if possible.

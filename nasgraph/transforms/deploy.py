@@ -10,14 +10,32 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import ExportError
 from nasgraph.transforms.layers import Transformed, plain, rewritten_layers
-from nasgraph.transforms.quantizers import WeightQuantizer
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """A module in ``on_weight`` that says in how many bits its weight is: costs and exporters go by it.
+
+    ``quantizers.WeightQuantizer`` is one. So is every module of one's own with these two; it must come last in
+    ``on_weight``, and give ``(codes + offset) * scale`` in its ``forward``, exactly. ``offset`` is 0 if it has none.
+    """
+
+    bits: int
+
+    def codes(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What is to be stored of ``weight``, 16 bits at most.
+
+        Returns: codes, int32, of the shape of ``weight``: ``-2^(bits-1)`` to ``2^(bits-1) - 1``, for 1 bit -1 or 1
+            (0 where a mask left nothing); and their scale, of one entry, ``(out, 1, ...)``, or ``(out, groups)`` for
+            runs of ``group_size`` neighbours, which is then an attribute too.
+        """
 
 
 @dataclass(frozen=True)
@@ -91,7 +109,7 @@ def deploy(model: nn.Module, merge_adapters: bool = False) -> Deployed:
 def stored(layer: Transformed) -> StoredWeight | None:
     """What ``layer.effective_weight()`` is to be stored as; None: as any float weight.
 
-    Codes need the quantiser to come last.
+    Codes need what quantises (:class:`Coded`) to come last.
     """
     weight, kept = layer.weight.detach(), None
     steps = list(layer.on_weight.items())
@@ -101,16 +119,17 @@ def stored(layer: Transformed) -> StoredWeight | None:
     if not steps:
         return None
     name, last = steps[-1]
-    if not isinstance(last, WeightQuantizer):
+    if not isinstance(last, Coded):
         weight = last(weight)
         kept = weight != 0 if name == "prune" else kept
         return None if kept is None else StoredWeight(None, None, 8 * weight.element_size(), kept=kept & (weight != 0))
     codes, scale = last.codes(weight)
-    if kept is not None and (last.offset or bool(codes[~kept].any())):
+    offset: float = getattr(last, "offset", 0.0)
+    if kept is not None and (offset or bool(codes[~kept].any())):
         kept = None  # without a code for 0 the mask is undone
-    rows = scale.detach().reshape(scale.shape[0], -1).contiguous()
-    group = last.group_size if last.per == "group" else weight.numel() // len(rows)
-    return StoredWeight(codes, rows, last.bits, group, last.offset, kept)
+    rows = scale.detach().reshape(len(scale) if scale.dim() else 1, -1).contiguous()
+    group: Any = weight.numel() // len(rows) if rows.shape[1] == 1 else last.group_size
+    return StoredWeight(codes, rows, last.bits, group, offset, kept)
 
 
 def _merged(name: str, layer: Transformed, weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from nasgraph.build import build
 from nasgraph.errors import SpaceError
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
-from nasgraph.transforms.base import compiled, matches, matching, transformed
+from nasgraph.transforms.base import Transform, compiled, matches, matching, transformed
 from nasgraph.transforms.layers import KINDS, Transformed, extended, plain
 from tests.transforms.toys import Adapt, Scale
 
@@ -189,3 +189,17 @@ def test_the_fused_kernel_of_encoder_layers_does_not_pass_by_what_was_added() ->
         fused = rewritten(x)
     torch.testing.assert_close(fused, rewritten(x))  # with gradients it never takes the kernel
     torch.testing.assert_close(fused, doubled(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_transform_without_its_methods_says_which() -> None:
+    class Nothing(Transform):
+        pass
+
+    class Always(Transform):
+        def neutral(self) -> bool:
+            return False
+
+    with pytest.raises(SpaceError, match=r"Nothing has no neutral\(\): say there when"):
+        transformed(nn.Linear(2, 2), [Nothing()])
+    with pytest.raises(SpaceError, match=r"Always has no rewrite\(layer\)"):
+        transformed(nn.Linear(2, 2), [Always()])

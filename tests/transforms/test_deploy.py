@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from nasgraph.errors import ExportError
+from nasgraph.objectives.bits import input_bits
 from nasgraph.transforms import Prune, Quantize, transformed
 from nasgraph.transforms.deploy import deploy
-from nasgraph.transforms.layers import rewritten_layers
+from nasgraph.transforms.layers import extended, rewritten_layers
 from nasgraph.transforms.lora import Lora
 from nasgraph.transforms.ranges import freeze_ranges
 from tests.transforms.toys import Adapt
@@ -107,3 +108,33 @@ def test_activation_quantisers_stay_with_their_ranges(images: torch.Tensor) -> N
     deployed = deploy(model)
     assert torch.equal(deployed.model(images * 3), model.eval()(images * 3))
     assert "0.on_input.quantize.lowest" in deployed.model.state_dict()
+
+
+class Halves(nn.Module):
+    """Two scales in a row, as a module of one's own says it: the codes times them, plus a half."""
+
+    bits, offset, group_size = 3, 0.5, 8
+
+    def codes(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = weight.detach().reshape(len(weight), 2, 8).abs().amax(-1) / 4
+        return (weight.detach() / scale.repeat_interleave(8, 1)).floor().clamp(-4, 3).to(torch.int32), scale
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        codes, scale = self.codes(weight)
+        return (codes + self.offset) * scale.repeat_interleave(8, 1) + (weight - weight.detach())
+
+
+def test_a_module_of_ones_own_says_its_codes() -> None:
+    layer = extended(nn.Linear(16, 5, bias=False))
+    layer.on_weight["halves"] = Halves()
+    stored = deploy(layer).weights[""]
+    assert stored.codes is not None and stored.scale is not None
+    assert (stored.bits, stored.group, stored.offset) == (3, 8, 0.5) and stored.scale.shape == (5, 2)
+    weight = (stored.codes + stored.offset) * stored.scale.repeat_interleave(8, 1)
+    assert torch.equal(weight, deploy(layer).model.weight)
+
+
+def test_bits_of_an_input_of_ones_own_count() -> None:
+    layer = extended(nn.Linear(16, 5, bias=False))
+    layer.on_input["sign"] = Halves()
+    assert input_bits(layer) == 3 and input_bits(nn.Linear(2, 2)) == 32

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
+from nasgraph.objectives.bits import count_bit_operations, count_model_bits
 from nasgraph.space import Choice
 from nasgraph.testing import TransformExam
+from nasgraph.transforms import transformed
+from nasgraph.transforms.deploy import deploy
 
 PAGE = Path(__file__).parents[2] / "docs" / "transforms.md"
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
@@ -34,6 +40,19 @@ exec(compile(BLOCKS[2], str(PAGE), "exec"), _own)
 sys.modules[__name__].__dict__.update({name: _own[name] for name in ("Sign", "Binary")})
 
 
+def test_what_the_example_costs(tmp_path: Path) -> None:
+    """A bit for each weight and one scale; 1 x 32 bits for each product instead of 32 x 32."""
+    layer, x = nn.Linear(16, 64, bias=False), torch.randn(4, 16)
+    binary = transformed(copy.deepcopy(layer), [_own["Binary"]()])  # type: ignore[operator]
+    assert count_model_bits(binary) == 16 * 64 + 32
+    assert 32 * count_bit_operations(binary, (x,)) == count_bit_operations(layer, (x,)) == 4 * 16 * 64 * 32 * 32
+    weight = deploy(binary).weights[""]
+    assert weight.codes is not None and torch.equal(weight.codes, layer.weight.sign().int())
+
+
 class TestBinary(TransformExam):
     transform = _own["Binary"](on=Choice("on", [False, True]))  # type: ignore[operator]
-    formats = ("safetensors",)  # this file's source is not the page's, so there is nothing to copy into model.py
+    formats = (
+        "safetensors",
+        "packed",
+    )  # this file's source is not the page's, so there is nothing to copy into model.py
