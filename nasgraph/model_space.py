@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from nasgraph.build import Made, node_seed
 from nasgraph.declare import as_op, choices_in, named, ways
-from nasgraph.errors import SpaceError
+from nasgraph.errors import SpaceError, did_you_mean
 from nasgraph.held import hold
 from nasgraph.space import Architecture, Choice, ConcreteOp, Label, Op, SearchSpace
 from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
@@ -216,9 +216,9 @@ def from_module(
     space = ModelSpace(name or type(model).__name__)
     space.base = Base(model, frozen, output, made, held)
     space.names = tuple(dict.fromkeys(where for _, where in pairs))
-    sources = [
-        space.input(given, example, (dynamic or {}).get(given)) for given, example in _inputs(model, inputs).items()
-    ]
+    examples = _inputs(model, inputs)
+    _check_dynamic(dynamic or {}, examples, known_sizes=inputs is not None)
+    sources = [space.input(given, example, (dynamic or {}).get(given)) for given, example in examples.items()]
     known: dict[tuple[int, str], Choice] = {}
     transforms = [
         Op(type(rule), **{**named(as_op(rule).kwargs, where, known), "where": where}) for rule, where in pairs
@@ -353,6 +353,26 @@ def _inputs(model: nn.Module, inputs: Inputs | None) -> dict[str, Tensor]:
         return dict(inputs)
     tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     return dict(zip([*names, *(f"x{i}" for i in range(len(tensors)))], tensors, strict=False))
+
+
+def _check_dynamic(dynamic: Mapping[str, Mapping[int, str]], examples: Mapping[str, Tensor], known_sizes: bool) -> None:
+    """Raises: SpaceError: not of the form; an input that there is not; an axis that its example has not."""
+    way_out = f"give the axes of an input by its name, such as {{'{next(iter(examples))}': {{0: 'batch'}}}}"
+    if not isinstance(dynamic, Mapping):
+        raise SpaceError(f"dynamic is {dynamic!r}: {way_out}")
+    for given, axes in dynamic.items():
+        if not isinstance(given, str) or not isinstance(axes, Mapping):
+            raise SpaceError(f"dynamic has {given!r}: {axes!r}: {way_out}")
+        if given not in examples:
+            near = did_you_mean(given, examples) or f" There are: {', '.join(examples)}"
+            raise SpaceError(f"dynamic names '{given}', which is no input of the model.{near}")
+        for axis, called in axes.items():
+            if type(axis) is not int or not isinstance(called, str):
+                raise SpaceError(f"dynamic has {axis!r}: {called!r} for '{given}': {way_out}")
+            last = examples[given].dim() - 1
+            if axis < 0 or (known_sizes and axis > last):
+                there = f"there are 0 to {last}" if known_sizes else "count from 0"
+                raise SpaceError(f"dynamic names axis {axis} of '{given}': {there}")
 
 
 def _result(space: ModelSpace) -> tuple[tuple[int, ...], torch.dtype]:

@@ -182,6 +182,15 @@ def test_edges_are_data_flow_where_the_model_can_be_traced(branch: str, how: str
         ([RULES[1]], {"train": ["classifier"]}, "no rule freezes"),
         ([RULES[0]], {"inputs": torch.randn(2, 7)}, "cannot read the inputs"),
         ([RULES[0]], {"inputs": {"mask": X}}, "not the first arguments of Net.forward"),
+        ([RULES[0]], {"inputs": X, "dynamic": {"xs": {0: "batch"}}}, r"names 'xs', which is no input.* mean 'x'\?"),
+        ([RULES[0]], {"inputs": X, "dynamic": {"inputs": {0: "batch"}}}, r"no input of the model. There are: x"),
+        ([RULES[0]], {"dynamic": {"xs": {0: "batch"}}}, "which is no input of the model"),
+        ([RULES[0]], {"inputs": X, "dynamic": {"x": {5: "batch"}}}, f"axis 5 of 'x': there are 0 to {X.dim() - 1}"),
+        ([RULES[0]], {"inputs": X, "dynamic": {"x": {-1: "batch"}}}, "axis -1 of 'x'"),
+        ([RULES[0]], {"dynamic": {"x": {-1: "batch"}}}, "axis -1 of 'x': count from 0"),
+        ([RULES[0]], {"inputs": X, "dynamic": {0: "batch"}}, r"such as {'x': {0: 'batch'}}"),
+        ([RULES[0]], {"inputs": X, "dynamic": {"x": {0: 1}}}, r"such as {'x': {0: 'batch'}}"),
+        ([RULES[0]], {"inputs": X, "dynamic": ["x"]}, r"such as {'x': {0: 'batch'}}"),
     ],
 )
 def test_bad_declarations_name_what_is_wrong(rules: list[Any], options: dict[str, Any], says: str) -> None:
