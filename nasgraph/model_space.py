@@ -195,6 +195,8 @@ def from_module(
     """See :meth:`nasgraph.space.SearchSpace.from_module`."""
     pairs = _pairs(model, rules)
     _check(model, pairs)
+    if not isinstance(train, list | tuple) or not all(isinstance(pattern, str) for pattern in train):
+        raise SpaceError(f"train is {train!r}: give a list of patterns of modules that stay trainable, ['classifier']")
     frozen: frozenset[str] = frozenset()
     held: list[str] = []
     if any(rule.freezes for rule in rules):

@@ -180,6 +180,8 @@ def test_edges_are_data_flow_where_the_model_can_be_traced(branch: str, how: str
         ([Adapt("blocks.0.(query|norm)", rank=1)], {}, r"fits 'blocks.0.norm'"),
         ([Adapt("*.query", rank=1), Adapt("blocks", rank=1)], {}, "two rules of Adapt fit"),
         ([RULES[1]], {"train": ["classifier"]}, "no rule freezes"),
+        ([RULES[0]], {"train": "head"}, "train is 'head': give a list"),
+        ([RULES[0]], {"train": [1]}, r"train is \[1\]: give a list"),
         ([RULES[0]], {"inputs": torch.randn(2, 7)}, "cannot read the inputs"),
         ([RULES[0]], {"inputs": {"mask": X}}, "not the first arguments of Net.forward"),
         ([RULES[0]], {"inputs": X, "dynamic": {"xs": {0: "batch"}}}, r"names 'xs', which is no input.* mean 'x'\?"),
