@@ -80,14 +80,27 @@ def by_head(module: nn.Module, name: str, shape: Shape) -> Shape:
 def kept(module: nn.Module, name: str, stored: Tensor, shape: Sequence[int]) -> Tensor:
     """Of a layer that was pruned to some of its channels: the entries that its ``kept_entries`` names, by axis.
 
-    What was added to it in the weight's shape (scores of a mask) is cut as the weight is. Other axes, as the ranks of
-    factors of a pruned layer, are cut to their first entries.
+    What was added to it in the weight's shape (scores of a mask) is cut as the weight is; a module with the method
+    ``kept_rule(entries, shape)``, such as learned steps, tells from the weight's entries which are its own. All else,
+    as the ranks of factors of a pruned layer, is cut to its first entries.
     """
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):  # the innermost: of a convolution of PyG its linear layer
+        inner = module.get_submodule(".".join(parts[:depth]))
+        if "kept_entries" in inner.__dict__:
+            module, name = inner, ".".join(parts[depth:])
+            break
     known: dict[str, tuple[Tensor | None, ...]] = module.kept_entries  # type: ignore[assignment]
-    weight = known.get("weight", ())
-    for axis, index in enumerate(known.get(name, weight if len(weight) == stored.dim() else ())):
+    entries = known.get(name, ())
+    if name not in known and "weight" in known:
+        own = getattr(module.get_submodule(name.rpartition(".")[0]), "kept_rule", None)
+        if own is not None:
+            entries = own(known["weight"], tuple(shape))
+        elif tuple(shape) == tuple(module.weight.shape):  # type: ignore[union-attr, arg-type]
+            entries = known["weight"]
+    for axis, index in enumerate(entries):
         if index is not None:
-            stored = stored.index_select(axis, index)
+            stored = stored.index_select(axis, index.to(stored.device))
     return leading(module, name, stored, shape)
 
 

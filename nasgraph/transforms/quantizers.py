@@ -7,6 +7,7 @@ there (straight-through, Bengio et al. 2013).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -127,7 +128,8 @@ class LearnedStep(WeightQuantizer):
     ``codes = round(clip(w / s, low, high))`` (eq. 1); the gradient of ``s`` is ``round(w / s) - w / s`` inside of the
     range and the bound outside (eq. 3), times ``1 / sqrt(N * high)`` for ``N`` weights that share it (section 2.2); the
     start is ``2 * mean|w| / sqrt(high)`` (section 2.1). Each width has a step of its own. A step for each channel is
-    called ``step_<bits>_channel``, and a supernet cuts it as it cuts the rows of the weight.
+    called ``step_<bits>_channel``, and a supernet cuts it as it cuts the rows of the weight. So it does with steps of
+    groups; a group of a layer that has lost inputs takes the step of the group that its first entry was in.
     """
 
     def __init__(self, weight: Tensor, bits: int, per: str = "tensor", group_size: int = 64) -> None:
@@ -137,6 +139,15 @@ class LearnedStep(WeightQuantizer):
         self.own_slices = per == "tensor"
         start = 2 * self.mean_magnitude(weight.detach()) / math.sqrt(self.high)
         self.register_parameter(self.name, nn.Parameter(start.clamp_min(SMALLEST)))
+        self.area = math.prod(weight.shape[2:])  # entries of a kernel
+
+    def kept_rule(self, entries: Sequence[Tensor | None], shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+        """Which steps belong to a weight that has ``entries`` left, by axis; ``shape`` is theirs (``supernet``)."""
+        rows, columns = entries[:2]
+        if self.per != "group" or columns is None:
+            return (rows,)
+        first = torch.arange(shape[1]) * self.group_size
+        return rows, (columns.cpu()[first // self.area] * self.area + first % self.area) // self.group_size
 
     def levels(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """See :class:`WeightQuantizer`."""

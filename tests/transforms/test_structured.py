@@ -483,9 +483,78 @@ def test_a_space_over_bert_whose_heads_units_and_layers_go() -> None:
     supernet = Supernet(space)
     for architecture in list(space.enumerate())[:3]:
         assert torch.equal(supernet.extract(architecture).eval()(tokens), supernet.subnet(architecture).eval()(tokens))
+    steps = [Quantize("*.(query|output.dense)", weight_bits=4, per=Choice("per", ["channel", "group"]), group_size=4)]
+    supernet = Supernet(SearchSpace.from_module(model, [*rules, *steps], inputs={"input_ids": tokens}, output="logits"))
+    for architecture in supernet.space.enumerate():
+        assert torch.equal(supernet.extract(architecture).eval()(tokens), supernet.subnet(architecture).eval()(tokens))
     layers = Prune("bert.encoder.layer", structure="layers", keep=Choice("depth", [0.5, 1.0]))
     shallow = SearchSpace.from_module(model, [layers]).model({"depth": 0.5}).eval()
     assert shallow(tokens).logits.shape == (2, 2) and len(shallow.get_submodule("bert.encoder.layer")) == 1
+
+
+class Read(nn.Module):
+    """Channels that go and what reads them, one of each kind of layer."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.body: nn.Module
+        if kind == "convolution":
+            self.body = nn.Conv2d(3, 8, 3, padding=1)
+        else:
+            self.body = nn.Embedding(12, 8) if kind == "embedding" else nn.Linear(5, 8)
+        self.reader = nn.Conv2d(8, 6, 3) if kind == "convolution" else nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.reader(torch.relu(self.body(x)))
+        return out
+
+    def inputs(self) -> Tensor:
+        if self.kind == "embedding":
+            return torch.arange(12).view(3, 4)
+        return numbers(2, 3, 6, 6) if self.kind == "convolution" else numbers(3, 4, 5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "embedding"])
+@pytest.mark.parametrize("per", ["tensor", "channel", "group"])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_learned_steps_of_smaller_layers_are_those_of_what_stays(kind: str, per: str, rank: int | None) -> None:
+    torch.manual_seed(0)
+    model = Read(kind).eval()
+    x = model.inputs()
+    bits = Choice("bits", [3, 32])
+    rules: list[Any] = [
+        Prune("body", structure="channels", keep=Choice("keep", [0.125, 0.5, 1.0])),
+        Quantize("(body|reader)", weight_bits=bits, per=per, group_size=2),
+    ]
+    if rank is not None:
+        rules.append(LowRank("reader", rank=Choice("rank", [None, rank])))
+    space = SearchSpace.from_module(model, rules, inputs=x)
+    supernet = Supernet(space)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for (_, _, name), stored in supernet.store.items():
+            if "step" in name:
+                stored.copy_(0.1 + torch.rand(stored.shape, generator=generator))  # each its own
+    for architecture in space.enumerate():
+        alone = supernet.extract(architecture).eval()
+        assert torch.equal(alone(x), supernet.subnet(architecture).eval()(x))
+        for name, parameter in alone.named_parameters():
+            before, _, step = name.rpartition(".on_weight.quantize.")
+            if before and per != "tensor":
+                stored = next(p for (_, _, key), p in supernet.store.items() if name.endswith(key)).detach()
+                entries = alone.get_submodule(before).__dict__.get("kept_entries", {"weight": (None, None)})["weight"]
+                weight: Tensor = alone.get_submodule(before).weight  # type: ignore[assignment]
+                area = weight[0, 0].numel()
+                for row in range(weight.shape[0]):
+                    old_row = row if entries[0] is None else int(entries[0][row])
+                    if per == "channel":
+                        assert torch.equal(parameter[row].flatten(), stored[old_row].flatten())
+                        continue
+                    for group in range(parameter.shape[1]):
+                        column, rest = divmod(2 * group, area)
+                        old = column if entries[1] is None else int(entries[1][column])
+                        assert parameter[row, group] == stored[old_row, (old * area + rest) // 2]
 
 
 def test_a_mean_over_positions_in_a_space_needs_its_inputs() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch_geometric.nn import BatchNorm, GATConv, GCNConv, GINConv, GraphConv, SAGEConv
 
+from nasgraph.build import build
 from nasgraph.errors import SpaceError
 from nasgraph.space import Choice, SearchSpace
 from nasgraph.supernet import Supernet
@@ -92,7 +93,9 @@ def test_channels_of_a_graph_network_are_a_choice(stack: str) -> None:
     supernet, rng = Supernet(space), random.Random(0)
     for _ in range(4):
         chosen = space.sample(rng)
-        assert torch.equal(supernet.subnet(chosen).eval()(X, EDGES), supernet.extract(chosen).eval()(X, EDGES))
+        alone = supernet.extract(chosen).eval()
+        assert torch.equal(supernet.subnet(chosen).eval()(X, EDGES), alone(X, EDGES))
+        assert torch.equal(alone(X, EDGES), build(space, chosen).eval()(X, EDGES))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
