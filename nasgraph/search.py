@@ -24,6 +24,7 @@ from nasgraph.config import Config
 from nasgraph.console import Display
 from nasgraph.errors import ConfigError, NasgraphError
 from nasgraph.executors import Executor, InProcess, Processes, RayActors
+from nasgraph.export.fits import check_formats
 from nasgraph.objectives import Result, Scored
 from nasgraph.pretraining import Pretraining
 from nasgraph.readable import number
@@ -62,6 +63,7 @@ def start(settings: Config, folder: Path, quiet: bool = False) -> int:
         check_space(made.space)
         _known(settings, made)
         warm_start.check(settings.search.warm_start, made)
+        check_formats(settings.export, made.space)
         learner = _learner(settings, made, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +109,7 @@ def _resume(folder: Path, overrides: Sequence[str], display: Display) -> int:
     run.check("task", made.task.fingerprint())
     if "supernet" in facts:
         pretraining.check(folder / SUPERNET, facts["supernet"]["sha256"])
+    check_formats(settings.export, made.space)
     with _timed(display, "load"):
         learner = _learner(settings, made, folder)
     done = len(run.records("search"))
@@ -127,6 +130,7 @@ def export(folder: Path, key: str, formats: Sequence[str] | None, out: Path | No
         pretraining.check(folder / SUPERNET, run.facts["supernet"]["sha256"])
     record = run.find(key)
     settings = run.config.model_copy(update={"export": list(formats or run.config.export)})
+    check_formats(settings.export, run.space)
     display.say(f"training {record.key} from {settings.final.seeds} seeds, then exporting it")
     result = _worker(settings, folder)(("finish", _finish_payload(record, out or folder / MODELS / record.key)))
     if not isinstance(result, Scored):
@@ -192,7 +196,8 @@ def _go(run: Run, made: Parts, learner: Pretraining | None, display: Display) ->
         raise
     _note(run, display, "finished")
     run.show(display.console)
-    return 0 if any(run.finals[record.key].exports for record in run.chosen()) else 1
+    exports = [item for record in run.chosen() for item in run.finals[record.key].exports]
+    return 0 if any(item["status"] == "ok" for item in exports) else 1
 
 
 def _note(run: Run, display: Display, status: str = "running", reason: str = "") -> None:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nasgraph.declare import ways
 from nasgraph.errors import ExportError
 from nasgraph.export.base import Outgoing, Written
 from nasgraph.model_space import NODE, ModelSpace
+from nasgraph.space import Op, SearchSpace
 from nasgraph.transforms.adapters import Adapter, LoraConv, LoraEmbedding, LoraLinear
 from nasgraph.transforms.base import active
 from nasgraph.transforms.lora import Lora, adapters
@@ -67,7 +70,7 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
 
     if importlib.util.find_spec("peft") is None:
         raise ExportError("the format peft is checked with the package peft: pip install 'nasgraph[peft]'")
-    found, trained = _adapters(outgoing), _trained(outgoing)
+    found, trained = _adapters(outgoing), _trained(_space(outgoing.space))
     saved = _saved(outgoing, found, trained)
     _check_buffers(outgoing, saved)
     config = _config(found, trained)
@@ -84,67 +87,93 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
     }
     reload = "".join(f"{name} = {value!r}\n" for name, value in skeleton.items()) + RELOAD
     count = f"{len(found)} adapter{'' if len(found) == 1 else 's'}"
-    detail = f"{count} for {type(_space(outgoing).base.model).__name__}, which is not in the folder"
+    detail = f"{count} for {type(_space(outgoing.space).base.model).__name__}, which is not in the folder"
     return Written(place / WEIGHTS, reload, 1e-6, beside=(CONFIG,), detail=detail, expected=expected)
 
 
-def _space(outgoing: Outgoing) -> ModelSpace:
-    if not isinstance(outgoing.space, ModelSpace):
+def check(space: SearchSpace) -> None:
+    """Raises: ExportError: no network of ``space`` can leave as adapters for PEFT."""
+    op: Any = _space(space)._ops[NODE]
+    rules: list[Op] = op.kwargs["transforms"]
+    added = [each for each in rules if each.make is Lora]
+    others = [each for each in rules if each.make is not Lora and not _may(each, lambda made: bool(made.neutral()))]
+    if others:
+        raise ExportError(f"the model is always changed by {others[0].label} too, and PEFT holds adapters only")
+    if not any(_may(each, lambda made: not made.neutral()) for each in added):
+        raise ExportError("no rule gives a layer an adapter (Lora)")
+    if not any(_may(each, _is_plain) for each in added):
+        raise ExportError("no adapter is of kind='plain', and PEFT holds no other as it is here")
+
+
+export.check = check  # type: ignore[attr-defined]  # export.fits asks it before a search
+
+
+def _may(rule: Op, holds: Callable[[Any], bool]) -> bool:
+    """Whether ``holds`` is true of the transform with some of its options."""
+    return any(holds(each.make(**each.kwargs)) for _, each in ways(rule, {}))
+
+
+def _is_plain(made: Lora) -> bool:
+    return made.kind == "plain" and not made.neutral()
+
+
+def _space(space: SearchSpace) -> ModelSpace:
+    if not isinstance(space, ModelSpace):
         raise ExportError(
-            f"peft: adapters go onto a model of yours, and space '{outgoing.space.name}' is not put over one "
-            "(SearchSpace.from_module): take the formats code or safetensors"
+            "adapters go onto a model of yours, and the space is not put over one (SearchSpace.from_module): take the "
+            "formats code or safetensors"
         )
-    return outgoing.space
+    return space
 
 
 def _adapters(outgoing: Outgoing) -> dict[str, Adapter]:
     """By the names of their layers in the user's model."""
-    space = _space(outgoing)
+    space = _space(outgoing.space)
     transforms = space.resolve(outgoing.architecture).steps[0].op.kwargs["transforms"]
     others = sorted({each.make.__name__ for each in active(transforms) if each.make is not Lora})
     if others:
-        raise ExportError(f"peft: the model is also changed by {', '.join(others)}, and PEFT holds adapters only")
+        raise ExportError(f"the model is also changed by {', '.join(others)}, and PEFT holds adapters only")
     prefix = _prefix(space)
     found = {name.removeprefix(prefix): adapter for name, adapter in adapters(outgoing.model).items()}
     if not found:
-        raise ExportError("peft: no layer has an adapter, every rank is 0: the model is the one that you have")
+        raise ExportError("no layer has an adapter, every rank is 0: the model is the one that you have")
     for name, adapter in found.items():
         if not isinstance(adapter, PLAIN):
-            raise ExportError(f"peft: the adapter of '{name}' is a {type(adapter).__name__}: only kind='plain' fits")
+            raise ExportError(f"the adapter of '{name}' is a {type(adapter).__name__}: only kind='plain' fits")
         if isinstance(adapter, LoraConv) and any(step != 1 for step in adapter.dilation):
-            raise ExportError(f"peft: the convolution '{name}' is dilated, and PEFT's adapters are not")
+            raise ExportError(f"the convolution '{name}' is dilated, and PEFT's adapters are not")
     return found
 
 
-def _trained(outgoing: Outgoing) -> list[str]:
+def _trained(space: ModelSpace) -> list[str]:
     """Modules of the user's model that were trained, none inside another."""
-    base = _space(outgoing).base
+    base = space.base
     trained: dict[str, None] = {}
     for name, _ in base.model.named_parameters():
         if name not in base.frozen:
             module = name.rpartition(".")[0]
             if not module:
-                raise ExportError(f"peft: the parameter '{name}' was trained, and PEFT saves whole modules only")
+                raise ExportError(f"the parameter '{name}' was trained, and PEFT saves whole modules only")
             trained[module] = None
     return [name for name in trained if not any(name.startswith(f"{other}.") for other in trained)]
 
 
 def _names(outgoing: Outgoing) -> list[str]:
-    return [name for name, _ in _space(outgoing).base.model.named_modules(remove_duplicate=False)]
+    return [name for name, _ in _space(outgoing.space).base.model.named_modules(remove_duplicate=False)]
 
 
 def _saved(outgoing: Outgoing, found: dict[str, Adapter], trained: list[str]) -> dict[str, Tensor]:
     """What PEFT loads for ``modules_to_save``: the state of each module whose name ends as one that was trained."""
-    prefix = _prefix(_space(outgoing))
+    prefix = _prefix(_space(outgoing.space))
     meant = {name: other for name in _names(outgoing) for other in trained if name.endswith(other)}
     saved: dict[str, Tensor] = {}
     for name, other in meant.items():
         what = f"'{name}' is trained itself" if name in trained else f"'{name}' ends as '{other}', which is trained,"
         for inside in (each for each in found if f"{each}.".startswith(f"{name}.")):
             where = "has an adapter" if inside == name else f"there is an adapter in it, on '{inside}'"
-            raise ExportError(f"peft: {what} and {where}; PEFT does only one of these: {_way_out(name, trained)}")
+            raise ExportError(f"{what} and {where}; PEFT does only one of these: {_way_out(name, trained)}")
         for outer in (each for each in meant if name.startswith(f"{each}.")):
-            raise ExportError(f"peft: {what} and is inside '{outer}', which PEFT saves too: rename one of them")
+            raise ExportError(f"{what} and is inside '{outer}', which PEFT saves too: rename one of them")
         state = outgoing.model.get_submodule(prefix + name).state_dict()
         saved |= {f"{name}.{entry}": tensor for entry, tensor in state.items()}
     return saved
@@ -156,13 +185,13 @@ def _way_out(name: str, trained: list[str]) -> str:
 
 def _check_buffers(outgoing: Outgoing, saved: dict[str, Tensor]) -> None:
     """The user's model has the buffers of this one, but for what is saved."""
-    space = _space(outgoing)
+    space = _space(outgoing.space)
     own = {name: buffer.cpu() for name, buffer in space.base.model.named_buffers() if buffer.is_floating_point()}
     for name, buffer in own.items():
         if name not in saved and not torch.equal(outgoing.model.get_buffer(_prefix(space) + name), buffer):
             layer, _, last = name.rpartition(".")
             raise ExportError(
-                f"peft: '{last}' of the layer '{layer}' is not that of your model, and PEFT holds adapters only: name "
+                f"'{last}' of the layer '{layer}' is not that of your model, and PEFT holds adapters only: name "
                 "the layer in from_module(train=[...]), or take the format safetensors"
             )
 

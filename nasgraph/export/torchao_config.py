@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from nasgraph.declare import ops_in, ways
 from nasgraph.errors import ExportError
 from nasgraph.export import packed
 from nasgraph.export.base import Outgoing, Written
+from nasgraph.model_space import ModelSpace
+from nasgraph.space import Op, SearchSpace
+from nasgraph.transforms.base import Transform, transformed
 from nasgraph.transforms.deploy import Deployed, StoredWeight, deploy
+from nasgraph.transforms.layers import KINDS, is_pyg_linear
+from nasgraph.transforms.lora import Lora
+from nasgraph.transforms.low_rank import LowRank
+from nasgraph.transforms.prune import Prune
+from nasgraph.transforms.quantize import Quantize
 
 FILE = "torchao.json"
+NO_CODE = "torchao.json needs a model to quantise, and no code can make this one: give the space make="
+NOTHING = "no nn.Linear has a weight of 1 to 8 bits: torchao would change nothing"
+NOT_LINEAR = set(KINDS) - {nn.Linear}
+OTHERS = (Lora, LowRank, Prune)  # transforms that leave weights floats
 RELOAD = f"""{packed.RELOAD.replace("def load(path)", "def plain(path)")}
 def load(path):
     import json
@@ -44,11 +58,43 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
 
     beside = packed.export(outgoing, folder)
     if beside.expected is not None:
-        raise ExportError("torchao.json needs a model to quantise, and no code can make this one: give the space make=")
+        raise ExportError(NO_CODE)
     (folder / FILE).write_text(json.dumps(config_to_dict(config), indent=1), encoding="utf-8")
     quantize_(deployed.model, config, filter_fn=None)
     detail = f"for the model of {packed.CODE}; torchao finds scales of its own"
     return Written(folder / FILE, RELOAD, tolerance=0.0, detail=detail, expected=deployed.model)
+
+
+def check(space: SearchSpace) -> None:
+    """Raises: ExportError: no code makes the networks of ``space``, or none has a linear layer of few bits."""
+    if isinstance(space, ModelSpace) and space.base.made is None:
+        raise ExportError(NO_CODE)
+    if not any(_may_quantise(each) for each in _of_linears(space)):
+        raise ExportError(NOTHING)
+
+
+export.check = check  # type: ignore[attr-defined]  # export.fits asks it before a search
+
+
+def _of_linears(space: SearchSpace) -> Iterator[Op]:
+    """The transforms of what is, or may hold, a linear layer."""
+    for node in space._ops.values():
+        ops = list(ops_in(node))
+        rules = [op for op in ops if isinstance(op.make, type) and issubclass(op.make, Transform)]
+        if isinstance(space, ModelSpace):
+            for rule in rules:
+                layers = space.base.model.get_submodule(rule.kwargs["where"]).modules()
+                if any(isinstance(layer, nn.Linear) or is_pyg_linear(layer) for layer in layers):
+                    yield rule
+        elif {op.make for op in ops} - {rule.make for rule in rules} - {transformed} - NOT_LINEAR:
+            yield from rules
+
+
+def _may_quantise(rule: Op) -> bool:
+    """Whether some options of a transform give a weight of 1 to 8 bits; of one's own nobody knows."""
+    if rule.make is not Quantize:
+        return rule.make not in OTHERS
+    return any((each.kwargs.get("weight_bits") or 32) <= 8 for _, each in ways(rule, {}))
 
 
 def torchao_config(deployed: Deployed) -> Any:
@@ -71,7 +117,7 @@ def torchao_config(deployed: Deployed) -> Any:
             dtype = getattr(torch, f"int{max(weight.bits, 2)}")
             configs[name] = IntxWeightOnlyConfig(weight_dtype=dtype, granularity=_granularity(weight))
     if not configs:
-        raise ExportError("no nn.Linear has a weight of 1 to 8 bits: torchao would change nothing")
+        raise ExportError(NOTHING)
     return FqnToConfig(configs)
 
 
