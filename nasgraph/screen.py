@@ -126,6 +126,11 @@ def _plain(row: ScreenRow) -> list[Any]:
     return [row.index, row.key, row.arch.to_json(), scores, row.reason, row.detail, row.seconds, info]
 
 
+def candidate(space: SearchSpace, seed: int, index: int) -> Architecture:
+    """Candidate ``index``: ``space.sample`` with a generator seeded by (``seed``, ``index``)."""
+    return space.sample(random.Random(database.derive_seed(seed, index)))
+
+
 def screen(
     space: SearchSpace,
     table: ScreenTable,
@@ -137,7 +142,7 @@ def screen(
     """Score candidates ``0 .. candidates - 1``; only those that the table lacks are computed.
 
     Args:
-        space: candidate *i* is ``space.sample`` with a generator seeded by (``seed``, *i*).
+        space: what candidates are drawn from, see :func:`candidate`.
         table: where rows are kept. A network that was scored before takes its row's values.
         candidates: how many in all.
         seed: of the candidates.
@@ -189,7 +194,7 @@ def screen(
             while todo or flying:
                 while todo and len(flying) < executor.slots:
                     index = todo.popleft()
-                    arch = space.sample(random.Random(database.derive_seed(seed, index)))
+                    arch = candidate(space, seed, index)
                     key = space.key(arch)
                     if key in known:
                         record(index, key, arch, known[key], 0.0)

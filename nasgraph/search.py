@@ -20,9 +20,10 @@ from typing import Any
 import torch
 
 from nasgraph import __version__, config, database, manifest, pretraining, registry, warm_start
+from nasgraph.build import build
 from nasgraph.config import Config
 from nasgraph.console import Display
-from nasgraph.errors import ConfigError, NasgraphError
+from nasgraph.errors import ConfigError, NasgraphError, SearchStopped
 from nasgraph.executors import Executor, InProcess, Processes, RayActors
 from nasgraph.export.fits import check_formats
 from nasgraph.objectives import Result, Scored
@@ -30,7 +31,7 @@ from nasgraph.pretraining import Pretraining
 from nasgraph.readable import number
 from nasgraph.run import MANIFEST, MODELS, PARETO, REPORT, SCREEN, SUPERNET, Run
 from nasgraph.samplers import make_sampler
-from nasgraph.screen import ScreenRow, ScreenTable, screen, survivors
+from nasgraph.screen import ScreenRow, ScreenTable, candidate, screen, survivors
 from nasgraph.space import Architecture
 from nasgraph.study import TrialRecord
 from nasgraph.tryout import check_space
@@ -41,6 +42,7 @@ RESUMABLE = (
     *("search.trials", "search.workers", "search.ray", "search.timeout_s", "search.memory_gb", "data_root"),
     *("final.top", "export", "supernet.checkpoint_every"),
 )
+CANDIDATES = 5  # of the screen that are asked for whether the proxies can judge them
 EXPORT_S = 300.0  # added to the time limit of a final training, for the export
 
 
@@ -64,6 +66,7 @@ def start(settings: Config, folder: Path, quiet: bool = False) -> int:
         _known(settings, made)
         warm_start.check(settings.search.warm_start, made)
         check_formats(settings.export, made.space)
+        _check_ranking(settings, made)
         learner = _learner(settings, made, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,6 +265,11 @@ def _first(run: Run, made: Parts, executor: Executor, display: Display) -> list[
         return known
     rows = _screen(run.config, made, run.folder / SCREEN, executor, display)
     _note(run, display)
+    if tier.keep and all(row.reason for row in rows):
+        raise SearchStopped(
+            f"the screen has nothing to keep, each of its {len(rows)} candidates failed: {rows[0].reason}: "
+            f"{rows[0].detail}. Start anew with another proxy in screen.rank_by, or without a screen"
+        )
     costs = [name for name in BASELINE_PROXIES if name in run.config.objectives]  # the screen knows these exactly
     kept = survivors(rows, columns, ["maximize"] * len(columns), tier.keep, costs) if tier.keep else []
     return [*known, *(row.arch for row in kept)]
@@ -394,6 +402,22 @@ def _check_plugins(settings: Config) -> None:
         registry.resolve("proxies", name)
     for name in settings.export:
         registry.resolve("exporters", name)
+
+
+def _check_ranking(settings: Config, made: Parts) -> None:
+    """Ask each proxy that ranks the screen if it can judge networks: by its attribute ``check``, if it has one.
+
+    Raises: ConfigError: one of the first candidates is refused; with the reason.
+    """
+    for name in rank_by(settings):
+        check = getattr(registry.resolve("proxies", name), "check", None)
+        if check is None:
+            continue
+        for index in range(CANDIDATES):
+            try:
+                check(build(made.space, candidate(made.space, settings.seed, index), settings.seeds[0]))
+            except ValueError as error:
+                raise ConfigError(f"screen: {error}") from None
 
 
 class _Role:

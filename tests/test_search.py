@@ -12,15 +12,19 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from nasgraph import database, manifest, search
 from nasgraph.cli import main
 from nasgraph.config import Config, parse
-from nasgraph.errors import ConfigError, DamagedFile, SpaceError
+from nasgraph.errors import ConfigError, DamagedFile, NotFinite, SearchStopped, SpaceError
 from nasgraph.executors import InProcess
 from nasgraph.run import Run
 from nasgraph.screen import ScreenTable, screen
 from nasgraph.search import _Role
+from nasgraph.space import Choice, Op, SearchSpace
+from nasgraph.transforms import Lora
 from nasgraph.workers import Worker, parts
 
 TINY = {
@@ -337,3 +341,54 @@ def test_what_is_searched_cannot_change_on_resume(run: Path) -> None:
     with pytest.raises(DamagedFile):
         manifest.write(run / "broken.json", {"status": facts["status"]})
         manifest.read(run / "broken.json")
+
+
+def adapted(image_channels: int, image_size: int, classes: int) -> SearchSpace:
+    """An image classifier with an adapter of some rank. Size: 3."""
+    space = SearchSpace("adapted")
+    h = space.input("image", torch.zeros(2, image_channels, image_size, image_size), {0: "batch"})
+    h = space.add("flat", Op(nn.Flatten), h)
+    ranks = [Lora(rank=Choice("rank", [1, 2, 4]))]
+    space.output(space.add("head", Op(nn.Linear, out_features=classes), h, transforms=ranks))
+    return space
+
+
+def blind(model: nn.Module, batch: object) -> float:
+    """A proxy that judges nothing."""
+    raise NotFinite("blind is nan")
+
+
+ADAPTED = {
+    "space": f"{__name__}:adapted",
+    "task": "digits_images",
+    "train": {"epochs": 1},
+    "search": {"sampler": "random", "trials": 2, "workers": 0, "baseline": False},
+    "export": ["safetensors"],
+}
+
+
+@pytest.mark.parametrize("proxy", ["snip", "synflow"])
+@pytest.mark.parametrize("more", [{}, {"supernet": {"policy": "uniform", "epochs": 1}}])
+def test_proxies_that_cannot_judge_new_adapters_are_refused_at_the_start(
+    proxy: str, more: dict[str, object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    screening = {"candidates": 3, "proxies": [proxy, "grad_norm"], "keep": 2}
+    values: dict[str, object] = {**ADAPTED, **more, "screen": screening}
+    if more:
+        values["search"] = {"trials": 2, "workers": 0, "baseline": False, "score": "supernet"}
+    config = write(tmp_path / "config.yaml", values)
+    assert main(["search", str(config), "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"nasgraph: screen: {proxy} cannot judge the adapter 'head.") and said.count("\n") == 1
+    assert "grad_norm" in said and not (tmp_path / "run").exists()
+    beside = {**screening, "rank_by": ["grad_norm"]}
+    if not more:
+        assert search.start(parse({**values, "screen": beside}), tmp_path / "run", quiet=True) == 0
+        assert all(proxy in row.info["missing"] for row in Run.open(tmp_path / "run").screened())
+
+
+def test_a_screen_that_ranks_nothing_stops_the_search(tmp_path: Path) -> None:
+    screening = {"candidates": 3, "proxies": [f"{__name__}:blind"], "keep": 2}
+    with pytest.raises(SearchStopped, match="each of its 3 candidates failed: not_finite: .*blind is nan.*rank_by"):
+        search.start(parse({**ADAPTED, "screen": screening}), tmp_path / "run", quiet=True)
+    assert not Run.open(tmp_path / "run").records("search")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,9 @@ def synflow(model: nn.Module, batch: Batch) -> float:
     if float(total) == 0.0:
         raise NotFinite("synflow: nothing flows from the inputs through the weights to the output")
     return float(torch.log(torch.as_tensor(total)))
+
+
+synflow.check = partial(without_new_adapters, "synflow")  # type: ignore[attr-defined]  # a screen asks it at the start
 
 
 def _pass(x: Tensor, *_: Any, **__: Any) -> Tensor:
