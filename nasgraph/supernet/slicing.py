@@ -96,7 +96,7 @@ def kept(module: nn.Module, name: str, stored: Tensor, shape: Sequence[int]) -> 
         own = getattr(module.get_submodule(name.rpartition(".")[0]), "kept_rule", None)
         if own is not None:
             entries = own(known["weight"], tuple(shape))
-        elif tuple(shape) == tuple(module.weight.shape):  # type: ignore[union-attr, arg-type]
+        elif tuple(shape) == tuple(module.weight.shape):  # type: ignore[arg-type]
             entries = known["weight"]
     for axis, index in enumerate(entries):
         if index is not None:

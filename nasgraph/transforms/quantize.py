@@ -54,7 +54,8 @@ class Quantize(Transform):
     Args:
         weight_bits: None or 32: float. 16 and 3 to 8: codes ``-2^(b-1) .. 2^(b-1)-1`` times a scale. 2: ternary, 1:
             binary.
-        activation_bits: of the layer's input; None or 32: float; 4 to 16. Not of an embedding, which reads indices.
+        activation_bits: of the layer's input; None or 32: float; 4 to 16. Not of an embedding, which reads indices: in
+            a space over a model one whose weight stays float is left as it is.
         aggregation_bits: of what a PyG convolution has aggregated; None or 32: float; 4 to 16.
         method: of the weights. ``"lsq"``: a learned step (:class:`LearnedStep`; binary has none, as in ``"minmax"``);
             ``"minmax"``: computed from the weight (:class:`MinMax`); ``"nested"``: leading bits of the codes of
@@ -140,6 +141,18 @@ class Quantize(Transform):
                 layer.fuse = False  # type: ignore[assignment]  # a fused product would pass by `aggregate`
                 layer.add_module("on_aggregate", ActivationQuantizer(self.aggregation_bits, self.activations == "lsq"))
         return module
+
+    def apply_to_model(self, model: nn.Module, name: str) -> nn.Module:
+        """See :class:`Transform`. Embeddings that other options quantise may have nothing to quantise in this one."""
+        return model if self._leaves(model) else super().apply_to_model(model, name)
+
+    def _leaves(self, module: nn.Module) -> bool:
+        """Whether only inputs are to be quantised, and at ``where`` are embeddings alone, which read indices."""
+        if self.weight_bits not in FLOAT or self.aggregation_bits not in FLOAT:
+            return False
+        found = [layer for name, layer in module.named_modules() if matches(self.where, name)]
+        known = [layer for layer in found if super(Quantize, self).can_rewrite(layer)]
+        return bool(known) and all(isinstance(layer, nn.Embedding) for layer in known)
 
     def check_kind(self, module: nn.Module) -> None:
         """See :class:`Transform`."""

@@ -303,6 +303,29 @@ def test_a_layer_is_quantised_once_and_an_embedding_has_no_input_to_quantise() -
     assert torch.equal(words(torch.tensor([1])), words.effective_weight()[1:2])
 
 
+def test_in_a_space_over_a_model_an_embedding_of_floats_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    words = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    x = torch.arange(5).view(1, 5)
+    weights, activations = Choice("w", [4, 32]), Choice("a", [8, 32])
+    for inner, model in (("0", words), ("0.0", nn.Sequential(nn.Sequential(words[0]), words[1]))):
+        for rules in (
+            [Quantize("*", weight_bits=weights, activation_bits=activations)],
+            [Quantize("(0|1)", weight_bits=weights, activation_bits=activations)],
+        ):
+            space = SearchSpace.from_module(model, rules, inputs=x)
+            supernet = Supernet(space)
+            for architecture in space.enumerate():
+                made, alone = space.model(architecture), supernet.extract(architecture).eval()
+                assert torch.equal(alone(x), supernet.subnet(architecture).eval()(x))
+                table = made.get_submodule(inner)
+                assert (type(table) is nn.Embedding) == (architecture["w"] == 32)
+                linear: Any = made.get_submodule("1")
+                assert ("quantize" in getattr(linear, "on_input", {})) == (architecture["a"] == 8)
+    with pytest.raises(SpaceError, match="cannot rewrite Embedding|no layer that it can rewrite"):
+        SearchSpace.from_module(words, [Quantize("0", activation_bits=activations)])
+
+
 def test_what_a_mask_took_out_stays_out() -> None:
     for bits in BITS:
         layer = transformed(nn.Linear(8, 6), [Quantize(weight_bits=bits), Prune(keep=0.5)])
