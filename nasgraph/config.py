@@ -322,8 +322,11 @@ def override(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
 
 
 def _nearby(path: Path) -> str:
+    shipped = sorted(found.stem for found in (Path(__file__).parent / "configs").glob("*.yaml"))
+    if path.stem in shipped:
+        return f" One is installed with nasgraph: give its name, '{path.stem}'"
     folder = path.parent if path.parent.is_dir() else Path("configs")
     known = [str(found) for found in folder.glob("*.yaml")] if folder.is_dir() else []
-    if len(path.parts) == 1:
-        known += [shipped.stem for shipped in (Path(__file__).parent / "configs").glob("*.yaml")]
-    return did_you_mean(str(path), known) or (f" There are: {', '.join(sorted(known))}" if known else "")
+    if len(path.parts) == 1 or not known:
+        known += shipped
+    return did_you_mean(str(path), known) or f" There are: {', '.join(sorted(known))}"

@@ -268,12 +268,15 @@ class Picked(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """What is picked."""
-        found = self.model(*inputs)
-        if isinstance(self.output, str) and hasattr(found, self.output):
-            picked: Tensor = getattr(found, self.output)
-        else:
-            picked = found[self.output]
+        picked: Tensor = self.pick(self.model(*inputs), self.output)
         return picked
+
+    @staticmethod
+    def pick(found: Any, output: str | int) -> Any:
+        """The attribute, key or position ``output`` of ``found``."""
+        if isinstance(output, str) and hasattr(found, output):
+            return getattr(found, output)
+        return found[output]
 
 
 # ---- declaring --------------------------------------------------------------------------------------------------
@@ -380,18 +383,33 @@ def _check_dynamic(dynamic: Mapping[str, Mapping[int, str]], examples: Mapping[s
 def _result(space: ModelSpace) -> tuple[tuple[int, ...], torch.dtype]:
     base = space.base
     model = base.copy(share=True).eval()
-    network_ = model if base.output is None else Picked(model, base.output)
     examples = [declared.example for declared in space.inputs.values()]
     try:
         with torch.no_grad():
-            result = network_(*examples)
+            found = model(*examples)
     except Exception as error:
         raise SpaceError(f"{type(model).__name__} cannot read the inputs: {error}") from error
+    returns = f"{type(model).__name__} returns a {type(found).__name__}"
+    there = [part for part in _parts(found) if isinstance(Picked.pick(found, part), Tensor)]
+    which = " or ".join(f"output={part!r}" for part in there[:5])
+    way_out = f"say which with {which}" if which else "wrap the model in one that returns a tensor"
+    try:
+        result = found if base.output is None else Picked.pick(found, base.output)
+    except Exception as error:
+        raise SpaceError(f"{returns}, which has no output {base.output!r}: {way_out}") from error
     if not isinstance(result, Tensor):
-        raise SpaceError(
-            f"{type(model).__name__} returns a {type(result).__name__}, not one tensor: say which with output='logits'"
-        )
+        more = "" if base.output is None else f", whose {base.output!r} is a {type(result).__name__}"
+        raise SpaceError(f"{returns}{more}, not one tensor: {way_out}")
     return tuple(result.shape), result.dtype
+
+
+def _parts(found: Any) -> list[str | int]:
+    """What may be picked of what a model returns: keys, fields, positions or attributes."""
+    if isinstance(found, Mapping):
+        return list(found)
+    if isinstance(found, tuple | list):
+        return list(getattr(found, "_fields", range(len(found))))
+    return list(getattr(found, "__dict__", {}))
 
 
 # ---- supernets --------------------------------------------------------------------------------------------------

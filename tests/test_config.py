@@ -60,6 +60,18 @@ def test_what_is_wrong_is_named(change: dict[str, object], said: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_config_that_is_not_in_this_folder_is_called_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="One is installed with nasgraph: give its name, 'prune_cnn'"):
+        config.load(Path("configs/prune_cnn.yaml"))
+    with pytest.raises(ConfigError, match=r"no config no/such.yaml. There are: .*quickstart"):
+        config.load(Path("no/such.yaml"))
+    with pytest.raises(ConfigError, match="Did you mean 'prune_cnn'"):
+        config.load(Path("prun_cnn"))
+
+
 def test_missing_key_and_missing_file_and_bad_yaml(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'task' is missing"):
         config.parse({"space": "gnn_node"})

@@ -259,7 +259,7 @@ def matching(model: nn.Module, pattern: str, fits: Callable[[nn.Module], bool] |
 
     With ``*`` in it, modules for which ``fits`` holds come before containers: it names each layer, not the blocks.
 
-    Raises: SpaceError: none; lists the nearest names.
+    Raises: SpaceError: none; lists the nearest names. A module that has several names is called by the first.
     """
     expression = compiled(pattern)
     named = [(name, module) for name, module in model.named_modules() if name and expression.fullmatch(name)]
@@ -269,6 +269,11 @@ def matching(model: nn.Module, pattern: str, fits: Callable[[nn.Module], bool] |
         if not any(name.startswith(f"{above}.") for above in found):
             found.append(name)
     if not found:
+        every = list(model.named_modules(remove_duplicate=False))
+        again = next(((name, module) for name, module in every if name and expression.fullmatch(name)), None)
+        if again is not None:
+            first = next(name for name, module in every if module is again[1])
+            raise SpaceError(f"'{again[0]}' is one module with '{first}': call it by that name")
         names = [name for name, _ in model.named_modules() if name]
         near = did_you_mean(pattern, names)
         some = "" if near else f" Its modules: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"

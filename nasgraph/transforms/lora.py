@@ -130,7 +130,8 @@ class Lora(Transform):
         if isinstance(layer, CONVOLUTIONS):
             if layer.groups != 1 or layer.padding_mode != "zeros":
                 form = f"groups={layer.groups}, padding_mode={layer.padding_mode!r}"
-                raise SpaceError(f"Lora: '{self.where}' names a convolution with {form}: it needs 1 group and zeros")
+                needs = "it needs 1 group and zeros, so let the pattern not fit it"
+                raise SpaceError(f"Lora: '{self.where}' names a convolution with {form}: {needs}")
             return LoraConv(layer, self.rank, scale, self.dropout)
         if isinstance(layer, nn.Embedding):
             return LoraEmbedding(layer, self.rank, scale)

@@ -129,8 +129,8 @@ def group_of(
         )
     if told is None:
         raise SpaceError(
-            f"what reads '{name}' is not known, {reason}: "
-            "name it by `follow`, if each channel is treated alone in between"
+            f"what reads '{name}' is not known, as {reason}: "
+            "name that layer, such as follow='output.dense', if each channel is treated alone in between"
         )
     if inputs is not None:
         _run_without_one(model, told, inputs)
@@ -310,7 +310,8 @@ def _traced(model: nn.Module, inputs: Sequence[Tensor] | None, checked: bool = F
         graph = _Tracer().trace(model)
     except Exception as error:
         text = str(error).split("\n")[0]
-        raise SpaceError(f"{type(model).__name__} cannot be traced by torch.fx ({text})") from error
+        why = "" if "co_varnames" in text else f" ({text})"  # what it says of a forward with *args or **kwargs
+        raise SpaceError(f"torch.fx cannot trace the forward of {type(model).__name__}{why}") from error
     if inputs is not None:
         was = model.training
         with torch.no_grad():

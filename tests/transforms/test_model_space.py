@@ -246,3 +246,42 @@ def test_without_examples_a_network_reads_what_forward_needs() -> None:
     space = SearchSpace.from_module(Two(), [Adapt("first", rank=Choice("rank", [0, 1]))])
     assert list(space.inputs) == ["a", "b"]
     assert build(space, {"rank": 1})(torch.randn(5, 3), torch.randn(5, 4)).shape == (5, 2)
+
+
+class Returns(nn.Module):
+    """What ``made`` makes of two tensors; ``b`` is another name of ``a``."""
+
+    def __init__(self, made: Any) -> None:
+        super().__init__()
+        self.a, self.made = nn.Linear(8, 3), made
+        self.b = self.a
+
+    def forward(self, x: Tensor) -> Any:
+        return self.made(self.a(x), self.b(x))
+
+
+def lists(first: Tensor, second: Tensor) -> list[Any]:
+    return [first, second, None]
+
+
+@pytest.mark.parametrize(
+    ("made", "output", "says"),
+    [
+        (lists, "logits", "Returns returns a list, which has no output 'logits': say which with output=0 or output=1$"),
+        (lists, 7, "a list, which has no output 7: say which with output=0 or output=1$"),
+        (lists, 2, "a list, whose 2 is a NoneType, not one tensor: say which with output=0 or output=1$"),
+        (lists, None, "a list, not one tensor: say which with output=0 or output=1$"),
+        (lambda a, b: {"scores": a, "all": [b]}, "logits", "a dict, which has .* with output='scores'$"),
+        (lambda a, b: SimpleNamespace(hidden=a), None, "not one tensor: say which with output='hidden'$"),
+        (lambda a, b: "text", "logits", "a str, which has no output 'logits': wrap the model in one"),
+        (lambda a, b: "text", None, "a str, not one tensor: wrap the model in one"),
+    ],
+)
+def test_an_output_that_is_not_there_names_those_that_are(made: Any, output: str | int | None, says: str) -> None:
+    with pytest.raises(SpaceError, match=says):
+        SearchSpace.from_module(Returns(made), [Adapt("a", rank=1)], inputs=X, output=output)
+
+
+def test_a_second_name_of_a_module_leads_to_the_first() -> None:
+    with pytest.raises(SpaceError, match="'b' is one module with 'a': call it by that name"):
+        SearchSpace.from_module(Returns(lists), [Adapt("b", rank=1)])

@@ -175,7 +175,10 @@ def test_importance_by_hand() -> None:
 def test_following_by_name_where_nothing_can_be_traced(refuses: bool) -> None:
     model = trained(FeedForward(refuses))
     if refuses:
-        with pytest.raises(SpaceError, match=r"what reads 'intermediate.dense' is not known.*name it by `follow`"):
+        with pytest.raises(
+            SpaceError,
+            match=r"what reads 'intermediate.dense' is not known, as torch.fx cannot trace .*name that layer",
+        ):
             group_of(model, "intermediate.dense")
     group = group_of(model, "intermediate.dense", follow="output.dense")
     assert [cut.module for cut in group.cuts] == ["intermediate.dense", "output.dense"]
@@ -329,7 +332,9 @@ def test_heads_and_feed_forward_units_of_bert(where: str) -> None:
         torch.testing.assert_close(small(tokens).logits, full(tokens).logits, rtol=0, atol=1e-6)
     attention: Any = small.get_submodule("bert.encoder.layer.1.attention.self")
     assert attention.num_attention_heads == 2 and attention.query.weight.shape == (8, 16)
-    with pytest.raises(SpaceError, match="name it by `follow`"):
+    with pytest.raises(
+        SpaceError, match="trace the forward of BertFor.*: name that layer, such as follow='output.dense'"
+    ):
         group_of(model, "bert.encoder.layer.0.intermediate.dense")
     pruned = Prune("x", keep=0.5, structure="heads").apply_to_model(copy.deepcopy(model), where)
     assert pruned(tokens).logits.shape == (2, 2)

@@ -144,7 +144,7 @@ def test_a_model_that_cannot_be_traced_says_what_to_do() -> None:
             return super().forward(x, edge_index)
 
     with pytest.raises(
-        SpaceError, match="in a GCNConv are fixed, as Branching cannot be traced .*: use a mask"
+        SpaceError, match="in a GCNConv are fixed, as torch.fx cannot trace the forward of Branching.*: use a mask"
     ) as caught:
         SearchSpace.from_module(Branching(STACKS["gcn"]), [Prune("conv1.lin", structure="channels", keep=0.5)])
     assert "\n" not in str(caught.value)

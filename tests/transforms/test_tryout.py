@@ -43,7 +43,7 @@ def either(name: str, *options: Any) -> Choice:
 BAD = {
     "LoRA on a convolution in groups": (
         [Lora("(conv|grouped)", rank=either("rank", 0, 4))],
-        r"Lora: 'grouped' names a convolution with groups=2.*it needs 1 group.*\(with rank.grouped = 4\)",
+        r"Lora: 'grouped' names a convolution with groups=2.*so let the pattern not fit it.*\(with rank.grouped = 4\)",
     ),
     "blocks that do not divide": (
         [Lora("first", rank=2, kind=either("kind", "plain", "melora"), blocks=either("blocks", 2, 4))],
