@@ -58,6 +58,7 @@ class Written:
         beside: names of other files that this one is of no use without, removed with it if it fails.
         detail: what a reader of the file must know, e.g. what it holds instead of what it cannot hold.
         expected: what the file must equal; None: the live model.
+        usage: lines of Python that load the file, for the model card; empty: what the card knows of the format.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Written:
     beside: tuple[str, ...] = ()
     detail: str = ""
     expected: nn.Module | None = None
+    usage: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Exported:
 
     ``max_abs_diff`` is the largest absolute difference from the live model over all input sizes, ``sizes`` has it per
     input size, e.g. ``{"nodes=4, edges=6": 0.0}``. ``note`` is what the exporter says of its file; it stands in
-    ``detail`` too, before the differences.
+    ``detail`` too, before the differences. ``usage`` are the lines of Python that load it, if the exporter gives any.
     """
 
     format: str
@@ -87,6 +89,7 @@ class Exported:
     tolerance: float | None = None
     sizes: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
+    usage: str = ""
 
 
 def grown(inputs: tuple[Tensor, ...], dynamic: tuple[dict[int, str], ...], least: int = 1) -> tuple[Tensor, ...]:

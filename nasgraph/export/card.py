@@ -97,9 +97,9 @@ def _loading(outgoing: Outgoing, exported: Sequence[Exported]) -> list[str]:
     arrays = ", ".join(f'"{name}": {name}.numpy()' for name in outgoing.names)
     parts = []
     for item in exported:
-        if item.status == "ok" and item.format in HOW:
-            title, code = HOW[item.format]
-            parts += [title, f"```python\n{code.format(inputs=inputs, arrays=arrays)}\n```"]
+        if item.status == "ok" and item.path and (item.format in HOW or item.usage):
+            title, code = HOW.get(item.format, (f"`{item.path.name}`", ""))
+            parts += [title, f"```python\n{item.usage or code.format(inputs=inputs, arrays=arrays)}\n```"]
     return parts
 
 

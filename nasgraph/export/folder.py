@@ -167,7 +167,8 @@ def _checked(item: Exported, written: Written, answer: parity.Answer) -> Exporte
         return replace(item, path=None, status="failed", max_abs_diff=worst, detail=answer.failure)
     differences = [f"{size}: {value:.3g}" for size, value in answer.differences.items()]
     detail = "; ".join([written.detail, *differences] if written.detail else differences)
-    return replace(item, max_abs_diff=worst, detail=detail, note=written.detail, sizes=answer.differences)
+    note, usage = written.detail, written.usage
+    return replace(item, max_abs_diff=worst, detail=detail, note=note, usage=usage, sizes=answer.differences)
 
 
 def _finish(outgoing: Outgoing, place: Path, folder: Path, checked: list[Exported]) -> list[Exported]:

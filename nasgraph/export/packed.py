@@ -28,8 +28,9 @@ FILE = "packed.safetensors"
 CODE = "packed_model.py"
 # The result names the file of the weights; what loads it is the code beside it.
 RELOAD = code.RELOAD.replace("(path):\n", f"(path):\n    path = path[: -len({FILE!r})] + {CODE!r}\n", 1)
+USAGE_WEIGHTS = f'''from packed_model import unpacked  # with this folder on sys.path
 
-
+weights = unpacked("{FILE}")'''
 RELOAD_WEIGHTS = RELOAD.replace("module.load()", f"module.unpacked(path[: -len({CODE!r})] + {FILE!r})")
 
 
@@ -58,17 +59,17 @@ def export(outgoing: Outgoing, folder: Path) -> Written:
         "architecture": dict(outgoing.architecture),
         "version": nasgraph.__version__,
     }
-    reload, detail, expected = RELOAD, _detail(deployed), None
+    reload, usage, detail, expected = RELOAD, "", _detail(deployed), None
     try:
         text = code.source(replace(outgoing, model=model), FILE, _loading(deployed, model.meta["calls"]), (unpacked,))
     except ExportError as error:
         text = code.functions(f"``unpacked({FILE!r})``: the weights of the model, by their names.", (unpacked,))
-        reload, expected = RELOAD_WEIGHTS, model
+        reload, usage, expected = RELOAD_WEIGHTS, USAGE_WEIGHTS, model
         detail = f"{detail}; the weights alone, not the code of the model: {error}"
     save_file(tensors, folder / FILE, metadata={"nasgraph": json.dumps(about, sort_keys=True)})
     code.write_example(outgoing, folder)
     (folder / CODE).write_text(text, encoding="utf-8")
-    return Written(folder / FILE, reload, tolerance=0.0, beside=(CODE,), detail=detail, expected=expected)
+    return Written(folder / FILE, reload, 0.0, (CODE,), detail, expected, usage)
 
 
 def contents(deployed: Deployed) -> tuple[dict[str, Tensor], dict[str, Any]]:

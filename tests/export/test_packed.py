@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def own_model(width: int = 8) -> nn.Module:
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_a_model_that_existed_before_its_space(made: bool, tmp_path: Path) -> None:
+def test_a_model_that_existed_before_its_space(made: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With ``make`` it leaves as code; without, as weights that are compared with those of the deployed model."""
     space = SearchSpace.from_module(
         own_model(),
@@ -176,12 +177,26 @@ def test_a_model_that_existed_before_its_space(made: bool, tmp_path: Path) -> No
         make=Op(own_model, width=8) if made else None,
     )
     arch = space.architecture({"bits.0": 4, "bits.2": 8})
-    [result] = export_model(build(space, arch), tmp_path / "x", space=space, architecture=arch, formats=["packed"])
+    model = build(space, arch)
+    [result] = export_model(model, tmp_path / "x", space=space, architecture=arch, formats=["packed"])
     assert (result.status, result.max_abs_diff) == ("ok", 0.0), result.detail
     assert "4 bits: 1 weight; 8 bits: 1 weight" in result.note
     assert ("weights alone" in result.note) != made
     text = (tmp_path / "x" / CODE).read_text()
     assert ("class Model" in text) == made and "class Quantize" not in text
+    [block] = (tmp_path / "x" / "README.md").read_text().split("```python\n")[1:]
+    x = torch.randn(4, 6)
+    scope = {next(iter(space.inputs)): x}
+    monkeypatch.chdir(tmp_path / "x")
+    monkeypatch.syspath_prepend(tmp_path / "x")
+    monkeypatch.delitem(sys.modules, "packed_model", raising=False)
+    exec(block.partition("```")[0], scope)  # what the card says loads it
+    monkeypatch.delitem(sys.modules, "packed_model")
+    if made:
+        assert torch.equal(scope["output"], model(x))
+    else:
+        expected = deploy(model).model.state_dict()
+        assert all(torch.equal(scope["weights"][name], value) for name, value in expected.items())
 
 
 @pytest.mark.slow
