@@ -16,7 +16,8 @@ from nasgraph.export.weights import shared_tensors
 from nasgraph.objectives.base import Candidate, Objective
 from nasgraph.objectives.cost import count_flops, evaluating
 from nasgraph.transforms.deploy import deploy
-from nasgraph.transforms.layers import is_pyg_linear, rewritten_layers
+from nasgraph.transforms.layers import Transformed, is_pyg_linear, rewritten_layers
+from nasgraph.transforms.prune import LearnedMask, SignedMask
 from nasgraph.transforms.quantize import message_passing
 from nasgraph.transforms.quantizers import ActivationQuantizer
 
@@ -106,8 +107,15 @@ def count_adapter_parameters(model: nn.Module) -> int:
 
 
 def count_trainable_parameters(model: nn.Module) -> int:
-    """Parameters that training changes, each tensor once."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """Parameters that training changes, each tensor once. Weights below a mask that alone learns are not."""
+    trained: dict[int, int] = {}
+    for module in model.modules():
+        masks = module.on_weight.values() if isinstance(module, Transformed) else ()
+        fixed = any(isinstance(mask, LearnedMask | SignedMask) and mask.fixed for mask in masks)
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and not (fixed and name == "weight"):
+                trained[id(parameter)] = parameter.numel()
+    return sum(trained.values())
 
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -122,6 +122,21 @@ def test_adapter_and_trainable_parameters() -> None:
     assert count_trainable_parameters(model) == 10
 
 
+@pytest.mark.parametrize("scores", ["learned", "signed"])
+@pytest.mark.parametrize("weights", ["trained", "fixed"])
+def test_trainable_parameters_are_those_that_get_a_gradient(scores: str, weights: str) -> None:
+    prune = Prune("0", keep=0.5, scores=scores, weights=weights)
+    model = transformed(nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 8)), [prune, Quantize("0", weight_bits=4)])
+    model(torch.randn(3, 16)).sum().backward()
+    learns = sum(p.numel() for p in model.parameters() if p.grad is not None)
+    rest = 128 + 8 + 1 + 72  # scores, bias, step, and the second layer
+    assert count_trainable_parameters(model) == learns == rest + (128 if weights == "trained" else 0)
+    tied = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[1].weight = tied[0].weight  # which trains in the second
+    transformed(tied, [Prune("0", keep=0.5, scores=scores, weights=weights)])
+    assert count_trainable_parameters(tied) == 64 + 64 + 16
+
+
 def quantised() -> SearchSpace:
     space = SearchSpace("quantised")
     x = space.input("x", torch.randn(12, 5), {0: "nodes"})
