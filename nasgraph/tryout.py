@@ -24,7 +24,7 @@ from nasgraph.canonical import simplify
 from nasgraph.declare import Choice, Label, Op, Switch, as_op, choices_in, ops_in, ways
 from nasgraph.errors import SpaceError
 from nasgraph.space import SearchSpace
-from nasgraph.transforms.base import CannotRewrite, Transform, rewritten, transformed
+from nasgraph.transforms.base import CannotRewrite, Transform, matches, rewritten, transformed
 from nasgraph.transforms.low_rank import sizes_only
 
 if TYPE_CHECKING:
@@ -61,7 +61,20 @@ def check_rules(space: ModelSpace, pairs: Sequence[tuple[Transform, str]]) -> No
         for labels in _each_option(space.choices.values(), 1):
             transforms = space.resolve(labels).steps[0].op.kwargs["transforms"]
             with torch.random.fork_rng(devices=[]), sizes_only():
-                rewritten(space.base.copy(share=True), [each.make(**each.kwargs) for each in transforms])
+                made = rewritten(space.base.copy(share=True), [each.make(**each.kwargs) for each in transforms])
+            for rule, where in alone:
+                smaller = _smaller(made, rule, where) if rule.apart_by_size else None
+                if smaller is not None:
+                    raise SpaceError(
+                        f"{type(rule).__name__}: another rule makes '{smaller}' smaller, and {rule.apart_by_size}, "
+                        "or leave the layer out of one of the rules"
+                    )
+
+
+def _smaller(model: nn.Module, rule: Transform, where: str) -> str | None:
+    """The first layer of ``rule`` at ``where`` that was cut."""
+    named = ((name, layer) for name, layer in model.named_modules() if matches(where, name))
+    return next((name for name, layer in named if "kept_entries" in layer.__dict__ and rule.can_rewrite(layer)), None)
 
 
 def check_kinds(node: str, op: Op | Choice | Switch, transforms: Sequence[Transform]) -> None:

@@ -84,6 +84,14 @@ class Transform:
         """Whether it removes whole modules of an existing model; such are applied first of all."""
         return False
 
+    @property
+    def apart_by_size(self) -> str:
+        """Why what it adds to a smaller form of a layer is no part of what it adds to the larger one; empty if it is.
+
+        A supernet over a model stores the larger one, so the former is refused on layers that become smaller.
+        """
+        return ""
+
     def removed(self, model: nn.Module) -> frozenset[str]:
         """Names of the modules of ``model`` that it removes."""
         return frozenset()

@@ -90,6 +90,12 @@ class Lora(Transform):
         """Rank 0."""
         return bool(self.rank == 0)
 
+    @property
+    def apart_by_size(self) -> str:
+        """See :class:`Transform`: the side of ``mora``'s matrix depends on both sizes of the layer."""
+        adds = set(each_option(self.rank)) != {0} and "mora" in each_option(self.kind)
+        return "kind mora has another matrix for each size: take another kind" if adds else ""
+
     def canonical(self) -> Lora:
         """See :class:`Transform`. One strength has several spellings; for one rank it gets one."""
         every = ("alpha", "scale", "r_max", "kind", "dropout", "blocks")

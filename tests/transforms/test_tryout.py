@@ -16,6 +16,7 @@ from nasgraph.cli import main
 from nasgraph.errors import SpaceError
 from nasgraph.ops import add
 from nasgraph.space import Call, Choice, Op, SearchSpace, Switch
+from nasgraph.supernet import Supernet
 from nasgraph.transforms import Lora, LowRank, Prune, Quantize, Transform
 from nasgraph.transforms import low_rank as factors
 from nasgraph.tryout import check_space
@@ -119,6 +120,22 @@ def test_smaller_layers_meet_the_others_before_a_search() -> None:
         SearchSpace.from_module(net, rules)
     fine = [Prune("0", structure="channels", keep=either("keep", 0.5, 0.25, 1.0)), rules[1]]
     assert SearchSpace.from_module(net, fine).size() == 3
+
+
+def test_adapters_that_do_not_nest_are_refused_on_layers_that_become_smaller() -> None:
+    net, x = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 8), nn.Linear(8, 8)), torch.randn(4, 16)
+    keep, rank = Choice("k", [0.5, 1.0]), Choice("r", [0, 2])
+    prune = Prune("0", structure="channels", keep=keep)
+    for factors_ in ([], [LowRank("2", rank=Choice("f", [None, 4]))]):
+        for where in ("0", "2", "*"):
+            with pytest.raises(SpaceError, match=r"Lora: another rule makes '[02](.second|.first)?' smaller.*mora"):
+                SearchSpace.from_module(net, [prune, Lora(where, rank=rank, kind="mora"), *factors_], inputs=x)
+    for lora in (Lora("3", rank=rank, kind="mora"), *(Lora("*", rank=rank, kind=k) for k in ("plain", "vera"))):
+        space = SearchSpace.from_module(net, [prune, lora], inputs=x)
+        supernet = Supernet(space)
+        for architecture in space.enumerate():
+            alone = supernet.extract(architecture).eval()
+            assert torch.equal(alone(x), supernet.subnet(architecture).eval()(x))
 
 
 def test_layers_of_one_form_are_tried_once_and_no_singular_value_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
