@@ -33,6 +33,7 @@ from nasgraph.allocation.rank_starts import ALLOCATORS, allocated
 from nasgraph.allocation.ranks import architecture, linear_schedule
 from nasgraph.allocation.starts import effects, front, within
 from nasgraph.model_space import ModelSpace
+from nasgraph.objectives.bits import count_adapter_parameters
 from nasgraph.search_spaces.lora_digits import lora_digits
 from nasgraph.search_spaces.lora_text import lora_text
 from nasgraph.space import Architecture
@@ -41,7 +42,6 @@ from nasgraph.tasks.adapted_text import adapted_text
 from nasgraph.tasks.text import digits_rows
 from nasgraph.training.loop import TrainSettings
 from nasgraph.training.policies import Uniform
-from nasgraph.transforms.lora import adapter_params
 
 Ranks = dict[str, int]  # by the name of the choice
 Row = dict[str, float]
@@ -80,7 +80,7 @@ class Problem:
     def one(self) -> Ranks:
         """Adapter parameters of rank 1, by choice."""
         zero = dict.fromkeys(self.space.choices, 0)
-        return {name: adapter_params(self.space.model({**zero, name: 1})) for name in zero}
+        return {name: count_adapter_parameters(self.space.model({**zero, name: 1})) for name in zero}
 
     @property
     def budget(self) -> int:

@@ -16,13 +16,13 @@ from nasgraph.export.weights import shared_tensors
 from nasgraph.objectives.base import Candidate, Objective
 from nasgraph.objectives.cost import count_flops, evaluating
 from nasgraph.transforms.deploy import deploy
-from nasgraph.transforms.layers import Transformed, is_pyg_linear, rewritten_layers
+from nasgraph.transforms.layers import CONVOLUTIONS, Transformed, is_pyg_linear, rewritten_layers
 from nasgraph.transforms.prune import LearnedMask, SignedMask
 from nasgraph.transforms.quantize import message_passing
 from nasgraph.transforms.quantizers import ActivationQuantizer
 
 FLOAT_BITS = 32
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+MULTIPLYING = (nn.Linear, *CONVOLUTIONS)
 
 
 def count_model_bits(model: nn.Module) -> int:
@@ -120,7 +120,7 @@ def count_trainable_parameters(model: nn.Module) -> int:
 
 def layers(model: nn.Module) -> dict[str, nn.Module]:
     """Linear and convolution layers, rewritten or not, by their names."""
-    return {n: layer for n, layer in model.named_modules() if isinstance(layer, LAYERS) or is_pyg_linear(layer)}
+    return {n: layer for n, layer in model.named_modules() if isinstance(layer, MULTIPLYING) or is_pyg_linear(layer)}
 
 
 def input_bits(layer: nn.Module) -> int:

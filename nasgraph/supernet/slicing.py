@@ -105,10 +105,10 @@ def kept(module: nn.Module, name: str, stored: Tensor, shape: Sequence[int]) -> 
 
 
 OWN_RULES = (leading, centred)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+GROUPED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-RULES: dict[type[nn.Module], Rule] = dict.fromkeys(CONVOLUTIONS, centred)
-AXES: dict[type[nn.Module] | str, Axes] = dict.fromkeys(CONVOLUTIONS, by_group)
+RULES: dict[type[nn.Module], Rule] = dict.fromkeys(GROUPED, centred)
+AXES: dict[type[nn.Module] | str, Axes] = dict.fromkeys(GROUPED, by_group)
 AXES |= {  # by name: the library is not imported for a space without it
     "torch_geometric.nn.conv.gat_conv.GATConv": by_head,
     "torch_geometric.nn.conv.gatv2_conv.GATv2Conv": by_head,

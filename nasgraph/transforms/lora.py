@@ -156,11 +156,6 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return {name: adapter for name, adapter in found.items() if isinstance(adapter, Adapter)}
 
 
-def adapter_params(model: nn.Module) -> int:
-    """How many numbers the adapters of ``model`` hold."""
-    return sum(parameter.numel() for adapter in adapters(model).values() for parameter in adapter.parameters())
-
-
 def merge(model: nn.Module) -> nn.Module:
     """Add every adapter to its layer's weight, in place, and take it away. The same function, up to rounding.
 

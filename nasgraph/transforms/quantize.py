@@ -6,7 +6,6 @@ The weight stays a float parameter; ``quantizers.py`` has what rounds it. ``docs
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
 from nasgraph.transforms.base import Transform, each_option, matches
-from nasgraph.transforms.layers import extended
+from nasgraph.transforms.layers import extended, is_message_passing
 from nasgraph.transforms.quantizers import ActivationQuantizer, LearnedStep, MinMax, NestedBits, WeightQuantizer
 
 FLOAT = (None, 32)  # bits that mean: left as it is
@@ -43,8 +42,7 @@ def with_quantized_aggregation(kind: type[nn.Module]) -> type[nn.Module]:
 
 def message_passing(module: nn.Module) -> list[tuple[str, nn.Module]]:
     """Name and layer of each PyG convolution in ``module``, itself included."""
-    pyg = sys.modules.get("torch_geometric.nn.conv.message_passing")
-    return [] if pyg is None else [(n, m) for n, m in module.named_modules() if isinstance(m, pyg.MessagePassing)]
+    return [(name, layer) for name, layer in module.named_modules() if is_message_passing(layer)]
 
 
 @dataclass(frozen=True)

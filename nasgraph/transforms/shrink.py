@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
-from nasgraph.transforms.layers import is_message_passing
+from nasgraph.transforms.layers import CONVOLUTIONS, is_message_passing
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.RMSNorm)
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 VECTORS = ("bias", "running_mean", "running_var")  # one entry for each output
 STATISTIC = "input_mean_square"  # one entry for each input: what low_rank.record_inputs has seen
 
@@ -159,7 +158,7 @@ def _resize(layer: nn.Module, end: str, size: int) -> None:
     names: tuple[str, ...]
     if isinstance(layer, nn.Linear):
         names = ("out_features",) if end == "out" else ("in_features",)
-    elif isinstance(layer, CONVS):
+    elif isinstance(layer, CONVOLUTIONS):
         names = {"out": ("out_channels",), "in": ("in_channels",), "both": ("in_channels", "out_channels", "groups")}[
             end
         ]

@@ -20,8 +20,8 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from nasgraph.errors import SpaceError
-from nasgraph.transforms.layers import is_message_passing
-from nasgraph.transforms.shrink import CONVS, NORMS, Cut, Group, full_size
+from nasgraph.transforms.layers import CONVOLUTIONS, KINDS, is_message_passing
+from nasgraph.transforms.shrink import NORMS, Cut, Group, full_size
 
 POOLS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
@@ -32,7 +32,7 @@ APART = (  # each entry alone
     *(nn.Identity, nn.Dropout, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Tanh, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Softplus, nn.Softsign),
 )
-LAYERS = (nn.Linear, nn.Embedding, *CONVS)
+LAYERS = tuple(KINDS)
 GRAPH_CONVS = {  # by name, PyG's convolutions that aggregate each channel alone, and their linear layers
     "GCNConv": ("lin",),
     "SAGEConv": ("lin_l", "lin_r"),
@@ -442,7 +442,7 @@ class _Channels:
         return self._stop([v for v in sources if v is not None], f"'{name}' ({type(layer).__name__}) reads it")
 
     def _layer(self, name: str, layer: nn.Module, value: _Value | None) -> _Value:
-        if isinstance(layer, CONVS):
+        if isinstance(layer, CONVOLUTIONS):
             depthwise = 1 < layer.groups == layer.in_channels == layer.out_channels
             if depthwise and value is not None and value.axis == 1:
                 self._cut(name, "both", value, layer.out_channels)

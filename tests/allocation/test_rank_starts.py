@@ -10,10 +10,10 @@ from nasgraph.allocation.rank_starts import ALLOCATORS, _spread, allocated, rank
 from nasgraph.build import build
 from nasgraph.errors import ConfigError, SpaceError
 from nasgraph.model_space import ModelSpace
+from nasgraph.objectives.bits import count_adapter_parameters
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
 from nasgraph.tasks.batch import Batch
 from nasgraph.transforms import Lora, Quantize
-from nasgraph.transforms.lora import adapter_params
 
 RANKS = [0, 1, 2, 4]
 
@@ -50,7 +50,7 @@ def test_one_training_gives_architectures_of_all_sizes(method: str) -> None:
     space = space_of(Choice("rank.{name}", RANKS))
 
     def cost(each: Architecture) -> float:
-        return float(adapter_params(space.model(each)))
+        return float(count_adapter_parameters(space.model(each)))
 
     with torch.random.fork_rng():
         torch.manual_seed(0)

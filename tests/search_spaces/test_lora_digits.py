@@ -9,11 +9,11 @@ import torch
 from nasgraph.build import build
 from nasgraph.errors import ConfigError, DamagedFile, SpaceError
 from nasgraph.model_space import ModelSpace
+from nasgraph.objectives.bits import count_adapter_parameters
 from nasgraph.pretrained import pretrained
 from nasgraph.search_spaces.lora_digits import RowTransformer, lora_digits
 from nasgraph.tasks.text import digits_rows
 from nasgraph.training.loop import TrainSettings
-from nasgraph.transforms.lora import adapter_params
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_the_space_is_over_a_model_that_is_trained_once(cache: Path) -> None:
     trained = {name.partition(".")[0] for name, p in made.named_parameters() if p.requires_grad and "lora" not in name}
     assert trained == {"head"}
     full = space.model(dict.fromkeys(space.choices, 2))
-    assert adapter_params(full) == 2 * ((8 + 24) + (8 + 8) + (8 + 16) + (16 + 8))
+    assert count_adapter_parameters(full) == 2 * ((8 + 24) + (8 + 8) + (8 + 16) + (16 + 8))
 
 
 def test_what_it_was_trained_with_names_the_file(cache: Path) -> None:

@@ -9,9 +9,9 @@ import torch
 from nasgraph.build import build
 from nasgraph.errors import ConfigError, DataError, SpaceError
 from nasgraph.model_space import ModelSpace
+from nasgraph.objectives.bits import count_adapter_parameters
 from nasgraph.search_spaces.lora_text import lora_text
 from nasgraph.tasks.adapted_text import adapted_text
-from nasgraph.transforms.lora import adapter_params
 
 TEXT = "ThE QuIcK brown FOX jumps over the LAZY dog; alas! " * 8 + "the quick brown fox JUMPS over the lazy dog.\n" * 12
 
@@ -73,7 +73,7 @@ def test_a_rank_for_every_linear_layer(text: str) -> None:
     made = space.model(space.sample(random.Random(0)))
     assert all("lora" in name for name, p in made.named_parameters() if p.requires_grad)
     full, size = space.model(dict.fromkeys(space.choices, 2)), task.sizes["vocabulary"]
-    assert adapter_params(full) == 2 * ((8 + 24) + (8 + 8) + (8 + 32) + (32 + 8) + (8 + size))
+    assert count_adapter_parameters(full) == 2 * ((8 + 24) + (8 + 8) + (8 + 32) + (32 + 8) + (8 + size))
     changed = tokens.clone()
     changed[:, 5:] = 0
     torch.testing.assert_close(full(changed)[:, :5], full(tokens)[:, :5])  # no position sees what follows

@@ -17,6 +17,7 @@ from torch_geometric.nn import GCNConv
 from nasgraph.build import build
 from nasgraph.declare import as_op
 from nasgraph.errors import SpaceError
+from nasgraph.objectives.bits import count_adapter_parameters
 from nasgraph.predictors.zero_cost import grad_norm, snip, synflow
 from nasgraph.space import Choice, Op, SearchSpace
 from nasgraph.supernet import Supernet
@@ -24,7 +25,7 @@ from nasgraph.tasks.batch import Batch
 from nasgraph.training.policies import Uniform
 from nasgraph.transforms.adapters import Adapter, frozen
 from nasgraph.transforms.base import transformed
-from nasgraph.transforms.lora import Lora, adapter_params, adapters, merge
+from nasgraph.transforms.lora import Lora, adapters, merge
 
 
 def stirred(module: nn.Module, seed: int = 0) -> nn.Module:
@@ -127,7 +128,7 @@ def test_melora_is_block_diagonal(blocks: int) -> None:
         dense[rows, columns] = b[n] @ a[n]
     torch.testing.assert_close(changed(x), layer(x) + 2.0 * x @ dense.T)
     assert int(torch.linalg.matrix_rank(dense)) == min(8, 2 * blocks)
-    assert adapter_params(changed) == 2 * (12 + 8)
+    assert count_adapter_parameters(changed) == 2 * (12 + 8)
 
 
 def test_an_embedding_keeps_its_padding_row() -> None:
@@ -293,7 +294,7 @@ def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec(code.replace('formats=["peft"]', 'formats=["safetensors"]'), names)  # PEFT: in tests/export
-    assert adapter_params(names["network"]) == 2 * (16 + 32) + 8 * (32 + 32)
+    assert count_adapter_parameters(names["network"]) == 2 * (16 + 32) + 8 * (32 + 32)
     assert names["supernet"].numel == 8 * (16 + 32) + 8 * (32 + 32) + sum(
         p.numel() for p in names["model"].parameters()
     )
