@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from inspect import Parameter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from nasgraph import config, registry
 from nasgraph.errors import ConfigError, NasgraphError, SpaceError
 from nasgraph.space import SearchSpace
 
-# Sizes of a task, for describing a space without one: those of scikit-learn's digits.
+# Sizes of a task, for describing a space that has none of its own: those of scikit-learn's digits.
 SIZES = {"features": 64, "classes": 10}
 
 
@@ -45,7 +47,7 @@ def show(name: str, overrides: Sequence[str], picture: Path | None) -> int:
     from nasgraph.draw import draw_space
 
     arguments = config.override({}, overrides)
-    space = make_space(name, arguments, SIZES)
+    space = make_space(name, arguments, _needed(name))
     console = Console(markup=False)
     documentation = registry.resolve("spaces", name).__doc__ or ""
     console.print(f"{space.name}: {documentation.strip().partition(chr(10))[0]}", highlight=False)
@@ -66,3 +68,10 @@ def show(name: str, overrides: Sequence[str], picture: Path | None) -> int:
         raise NasgraphError(f"cannot write {target}: {error.strerror}; name another file with --draw") from None
     console.print(f"picture: {target}")
     return 0
+
+
+def _needed(name: str) -> dict[str, int]:
+    """Those of :data:`SIZES` that a space has no default for: its defaults fit each other."""
+    made = registry.resolve("spaces", name)
+    parameters = inspect.signature(made).parameters if callable(made) else {}
+    return {size: n for size, n in SIZES.items() if size in parameters and parameters[size].default is Parameter.empty}

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from xml.sax.saxutils import escape, quoteattr
 
+from nasgraph.model_space import ModelSpace
 from nasgraph.space import ConcreteOp, Label, SearchSpace
 
 LINE, CHAR, PAD = 15.0, 6.4, 10.0  # pixels: height of a line of text, width of a character, padding of a box
@@ -66,8 +67,11 @@ def draw_architecture(space: SearchSpace, arch: Mapping[str, Label]) -> str:
 def draw_space(space: SearchSpace) -> str:
     """SVG of all nodes of ``space`` and all edges that an architecture may have.
 
-    Dashed edges are taken by a choice; the box that reads through a choice lists its options.
+    Dashed edges are taken by a choice; the box that reads through a choice lists its options. Of a space over a model:
+    the modules that its rules fit, and the data flow between them.
     """
+    if isinstance(space, ModelSpace):
+        return _draw_modules(space)
     graph, declared = space.graph(), space.describe()
     choices = declared["choices"]
 
@@ -95,6 +99,22 @@ def draw_space(space: SearchSpace) -> str:
             if is_output:
                 edges.append(Edge(name, boxes[-1].name, dashed=bool(taken)))
     return draw(boxes, edges, title=f"Search space {space.name}: {len(declared['nodes'])} nodes")
+
+
+def _draw_modules(space: ModelSpace) -> str:
+    import networkx
+
+    boxes, flow = [], networkx.DiGraph()
+    graph = space.graph()
+    for name, module in graph.nodes(data=True):
+        choices = [f"{each}: {' | '.join(map(str, space.choices[each].labels))}" for each in module["choices"]]
+        boxes.append(Box(name, (module["op"], *choices)))
+    flow.add_nodes_from(box.name for box in boxes)
+    for first, second in graph.edges():
+        if not networkx.has_path(flow, second, first):  # of a module that runs again, the way back is not drawn
+            flow.add_edge(first, second)
+    edges = [Edge(first, second) for first, second in flow.edges]
+    return draw(boxes, edges, title=f"Search space {space.name}: {len(boxes)} modules")
 
 
 def draw(boxes: Sequence[Box], edges: Iterable[Edge], title: str = "") -> str:

@@ -76,7 +76,10 @@ def lora_digits(
     Raises: SpaceError: ``learned`` are not as many digits as the task has classes.
     """
     if len(learned) != classes:
-        raise SpaceError(f"lora_digits: learned has {len(learned)} digits, the task {classes} classes: take as many")
+        raise SpaceError(
+            f"lora_digits: learned has {len(learned)} digits, the task {classes} classes: give the task as many, "
+            "such as task.digits=[5,6,7,8,9] for five, or the space other ones (space.learned=[...])"
+        )
     task = digits_rows(64 // features, digits=learned)
     sizes: dict[str, Any] = {
         "features": features,

@@ -15,6 +15,7 @@ from nasgraph.draw import Box, Edge, _layout, _order, crossings, draw, draw_arch
 from nasgraph.errors import SpaceError
 from nasgraph.ops import add, concat
 from nasgraph.space import Call, Choice, Op, SearchSpace
+from nasgraph.transforms import Lora
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -178,3 +179,25 @@ def test_crossings_are_counted_and_cut() -> None:
 
 def test_numbers_are_plain() -> None:
     assert not re.search(r"nan|inf", draw([Box("a"), Box("b")], [Edge("a", "b")]))
+
+
+class Twice(nn.Module):
+    """Runs its first layer again behind the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.first(self.second(self.first(x)))
+        return out
+
+
+def test_a_space_over_a_model_is_drawn_as_its_modules() -> None:
+    rules = [Lora("*", rank=Choice("rank.{name}", [0, 2]))]
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    text = draw_space(SearchSpace.from_module(plain, rules, inputs=torch.randn(2, 4)))
+    ET.fromstring(text)
+    assert "rank.0: 0 | 2" in text and "rank.2: 0 | 2" in text and text.count("Linear") >= 2 and "2 modules" in text
+    again = draw_space(SearchSpace.from_module(Twice(), rules, inputs=torch.randn(2, 4)))
+    assert "rank.first: 0 | 2" in again and "rank.second: 0 | 2" in again
