@@ -14,6 +14,7 @@ from nasgraph.allocation.starts import (
     networks_of,
     plain_network,
     reference,
+    says_something,
     transform_choices,
 )
 from nasgraph.build import build
@@ -23,6 +24,13 @@ from nasgraph.model_space import ModelSpace
 from nasgraph.objectives.base import Candidate, find_objective
 from nasgraph.space import Architecture, Label
 from nasgraph.workers import Parts
+
+# What the methods measure that say nothing of other transforms.
+MEASURES = {
+    "stable_rank": "ranks of LowRank",
+    "gradients": "ranks of Lora",
+    "sqnr": "bits, masks and ranks of LowRank",
+}
 
 
 def check(wanted: WarmStart | None, made: Parts) -> None:
@@ -36,6 +44,13 @@ def check(wanted: WarmStart | None, made: Parts) -> None:
         raise ConfigError(
             f"search.warm_start.methods: '{allocators[0]}' allocates ranks of Lora, and space '{made.space.name}' has "
             "no choice of one: leave it out"
+        )
+    silent = [name for name in wanted.methods if name not in ALLOCATORS and not says_something(name, made.space)]
+    if "stable_rank" in silent or len(silent) == len(wanted.methods):
+        name = "stable_rank" if "stable_rank" in silent else silent[0]
+        raise ConfigError(
+            f"search.warm_start.methods: '{name}' measures {MEASURES[name]}, and space '{made.space.name}' has no "
+            "choice of one: take another method, or leave it out"
         )
     if find_objective(wanted.cost).direction != "minimize":
         raise ConfigError(f"search.warm_start.cost: '{wanted.cost}' is no cost: choose one that is minimised")

@@ -14,7 +14,9 @@ from nasgraph.config import Config, parse
 from nasgraph.errors import ConfigError
 from nasgraph.run import Run
 from nasgraph.space import Architecture, Choice, Op, SearchSpace
-from nasgraph.transforms import Lora, LowRank, Quantize
+from nasgraph.transforms import Lora, LowRank, Quantize, Transform
+from nasgraph.warm_start import check
+from nasgraph.workers import parts
 
 BASE = {
     "space": f"{__name__}:low_precision",
@@ -124,3 +126,49 @@ def test_an_allocator_needs_ranks_of_adapters(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="'sora' allocates ranks of Lora, and space 'low_precision' has no choice"):
         search.start(settings({"warm_start": {"methods": ["sqnr", "sora"]}}), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def bits_alone(features: int, classes: int) -> SearchSpace:
+    """A layer with bits."""
+    return one_layer(features, classes, Quantize(weight_bits=Choice("bits", [4, None])))
+
+
+def ranks_alone(features: int, classes: int) -> SearchSpace:
+    """A layer with an adapter."""
+    return one_layer(features, classes, Lora(rank=Choice("rank", [0, 2])))
+
+
+def one_layer(features: int, classes: int, transform: Transform) -> SearchSpace:
+    space = SearchSpace("one_layer")
+    x = space.input("x", torch.zeros(4, features), {0: "nodes"})
+    edges = space.input("edge_index", torch.tensor([[0, 1, 2, 3], [1, 2, 3, 0]]), {1: "edges"})
+    space.output(space.add("layer", Op(GCNConv, out_channels=classes), x, edges, transforms=[transform]))
+    return space
+
+
+@pytest.mark.parametrize(
+    ("space", "methods", "measures"),
+    [
+        ("bits_alone", ["stable_rank"], "'stable_rank' measures ranks of LowRank"),
+        ("bits_alone", ["sensitivity", "stable_rank"], "'stable_rank' measures ranks of LowRank"),
+        ("bits_alone", ["gradients"], "'gradients' measures ranks of Lora"),
+        ("ranks_alone", ["sqnr"], "'sqnr' measures bits, masks and ranks of LowRank"),
+    ],
+)
+def test_a_method_that_says_nothing_of_the_space_is_refused(
+    space: str, methods: list[str], measures: str, tmp_path: Path
+) -> None:
+    config = settings({"warm_start": {"methods": methods}}, space=f"{__name__}:{space}")
+    with pytest.raises(
+        ConfigError, match=f"search.warm_start.methods: {measures}, and space 'one_layer' has no choice"
+    ):
+        search.start(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_methods_that_say_something_pass() -> None:
+    for space in ("bits_alone", "ranks_alone"):
+        config = settings({"warm_start": {}}, space=f"{__name__}:{space}")  # sensitivity and gradients
+        check(config.search.warm_start, parts(config))
+    config = settings({"warm_start": {"methods": ["stable_rank"]}})
+    check(config.search.warm_start, parts(config))

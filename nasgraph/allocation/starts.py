@@ -25,9 +25,21 @@ from nasgraph.space import Architecture, Choice, Label, Op, SearchSpace
 from nasgraph.tasks.batch import Batch
 from nasgraph.transforms.base import Transform, transformed
 from nasgraph.transforms.damage import METHODS
+from nasgraph.transforms.lora import Lora
+from nasgraph.transforms.low_rank import LowRank
+from nasgraph.transforms.prune import Prune
+from nasgraph.transforms.quantize import Quantize
 
 Network = Callable[[Architecture], nn.Module]
 Cost = Callable[[Architecture], float]
+
+
+# Transforms of which a method says nothing.
+SILENT: dict[str, tuple[type[Transform], ...]] = {
+    "stable_rank": (Lora, Prune, Quantize),
+    "gradients": (LowRank, Prune, Quantize),
+    "sqnr": (Lora,),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,16 @@ def transform_ops(space: SearchSpace) -> list[Op]:
 def transform_choices(space: SearchSpace) -> list[str]:
     """Names of the choices that are settings of transforms."""
     return list(dict.fromkeys(choice.name for op in transform_ops(space) for choice in choices_in(op)))
+
+
+def says_something(method: str, space: SearchSpace) -> bool:
+    """Whether a method of :data:`nasgraph.transforms.damage.METHODS` is for some transform of ``space`` with a choice.
+
+    Of transforms of one's own that is not known, so they count.
+    """
+    kinds = {op.make for op in transform_ops(space) if any(choices_in(op))}
+    silent = SILENT.get(method, ())
+    return any(not (isinstance(kind, type) and issubclass(kind, silent)) for kind in kinds)
 
 
 def reference(space: SearchSpace, given: Mapping[str, Label] | None = None) -> Architecture:
