@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import hashlib
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -24,9 +25,9 @@ from nasgraph.declare import as_op, choices_in, named, ways
 from nasgraph.errors import SpaceError, did_you_mean
 from nasgraph.held import hold
 from nasgraph.space import Architecture, Choice, ConcreteOp, Label, Op, SearchSpace
-from nasgraph.transforms.base import Transform, active, in_order, matching, rewritten
+from nasgraph.transforms.base import Transform, active, compiled, in_order, matching, rewritten
 from nasgraph.transforms.flow import flow
-from nasgraph.transforms.layers import plain_linears
+from nasgraph.transforms.layers import KINDS, plain_linears
 from nasgraph.tryout import check_rules
 
 if TYPE_CHECKING:
@@ -304,12 +305,32 @@ def _pairs(model: nn.Module, rules: Sequence[Transform]) -> list[tuple[Transform
             except SpaceError as error:
                 refused[where] = error
         pairs += [(rule, where) for where in names if where not in refused]
+        _say_what_stays(model, rule)
         if len(refused) == len(names) or (refused and "*" not in rule.where):
             where, why = next(iter(refused.items()))
             layers = [name for name, layer in model.named_modules() if name and rule.can_rewrite(layer)]
             some = f"; in the model there are: {', '.join(layers[:5])}" if layers else ""
             raise SpaceError(f"the pattern '{rule.where}' fits '{where}', and {why}{some}")
     return pairs
+
+
+def _say_what_stays(model: nn.Module, rule: Transform) -> None:
+    """Warn of layers that a pattern with ``*`` fits, whose matrix no transform can rewrite: GPT-2's ``Conv1D``."""
+    fitting = compiled(rule.where).fullmatch
+    stay = {
+        name: type(layer).__name__
+        for name, layer in model.named_modules()
+        if "*" in rule.where and fitting(name) and not any(layer.children())
+        if isinstance(weight := getattr(layer, "weight", None), nn.Parameter) and weight.dim() > 1
+        if not rule.can_rewrite(layer) and type(layer) not in KINDS
+    }
+    if stay:
+        kinds, first = " and ".join(sorted(set(stay.values()))), next(iter(stay))
+        warnings.warn(
+            f"{type(rule).__name__}('{rule.where}') leaves {len(stay)} layers of class {kinds} as they are, "
+            f"such as '{first}': no transform can rewrite these",
+            stacklevel=5,  # who calls SearchSpace.from_module
+        )
 
 
 def _check(model: nn.Module, pairs: Sequence[tuple[Transform, str]]) -> None:

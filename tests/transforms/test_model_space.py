@@ -285,3 +285,12 @@ def test_an_output_that_is_not_there_names_those_that_are(made: Any, output: str
 def test_a_second_name_of_a_module_leads_to_the_first() -> None:
     with pytest.raises(SpaceError, match="'b' is one module with 'a': call it by that name"):
         SearchSpace.from_module(Returns(lists), [Adapt("b", rank=1)])
+
+
+def test_layers_that_a_pattern_fits_and_nothing_can_rewrite_are_named() -> None:
+    Conv1D = pytest.importorskip("transformers.pytorch_utils").Conv1D  # noqa: N806 - GPT-2's layers
+    with pytest.warns(UserWarning, match=r"^Adapt\('\*'\) leaves 2 layers of class Conv1D as they are, such as '1'"):
+        space = SearchSpace.from_module(
+            nn.Sequential(nn.Linear(8, 8), Conv1D(8, 8), Conv1D(3, 8)), [Adapt("*", rank=1)]
+        )
+    assert space.names == ("0",)
