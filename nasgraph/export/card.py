@@ -28,7 +28,9 @@ HOW = {
     ),
     "peft": (
         "`peft/`: adapters for the model that the space was put over, which is not in this folder",
-        'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(your_model, "peft")',
+        "from peft import PeftModel\n\n"
+        "# of a run whose space comes with it: your_model = nasgraph.run.Run.open(Path(run_folder)).space.base.copy()\n"
+        'model = PeftModel.from_pretrained(your_model, "peft")',
     ),
     "packed": (
         "`packed.safetensors`: weights at the bits they have; `packed_model.py` unpacks them and needs no nasgraph",
