@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nasgraph.errors import SpaceError
 from nasgraph.transforms.adapters import (
@@ -22,6 +22,7 @@ from nasgraph.transforms.adapters import (
 )
 from nasgraph.transforms.base import Transform, each_option
 from nasgraph.transforms.layers import CONVOLUTIONS, extended, plain, rewritten_layers
+from nasgraph.transforms.low_rank import full_rank
 
 NAME = "lora"  # in ``layer.beside``
 SCALES: dict[str, Callable[[float, int, int], float]] = {  # of (alpha, r, r_max)
@@ -46,6 +47,7 @@ class Lora(Transform):
 
     Args:
         rank: numbers spent, in units of a LoRA of rank 1, ``in + out`` (VeRA: rows of its frozen matrix). 0: none.
+            Over a model, of ``plain`` at most the smaller side of the layer's matrix: more changes nothing more.
         alpha: strength of ``plain`` and ``melora``; ``vera`` and ``mora`` have none.
         scale: what their output is multiplied by. ``alpha/r_max`` is constant (LoNAS), ``alpha/r`` is that of LoRA and
             DyLoRA, ``alpha/sqrt(r)`` keeps the update's size when ranks vary (rsLoRA, Kalajdzievski 2023).
@@ -117,6 +119,21 @@ class Lora(Transform):
         if (self.scale == "alpha/sqrt(r)" and scale == "alpha/r") or factor * size / size != factor:
             return as_given if self.scale == "alpha/r_max" else {**as_given, "r_max": None}
         return {"alpha": factor * size, "scale": scale, "r_max": None}
+
+    def tied(self, model: nn.Module, inputs: Sequence[Tensor] | None) -> frozenset[str]:
+        """See :class:`Transform`: nothing is tied. Raises: SpaceError: a rank of ``plain`` that no change can have."""
+        if "plain" in each_option(self.kind):
+            most = max(each_option(self.rank), default=0)
+            module = model.get_submodule(self.where)
+            for layer in replace(self, where="*").targets(module):
+                if most > (full := full_rank(layer)):
+                    rows, *columns = layer.weight.shape  # type: ignore[misc]
+                    name = next(name for name, each in model.named_modules() if each is layer)
+                    raise SpaceError(
+                        f"Lora: rank {most} beside '{name}', whose matrix is {rows} x {math.prod(columns)}: "
+                        f"give at most {full}, or leave the layer out by `where`"
+                    )
+        return frozenset()
 
     def rewrite(self, layer: nn.Module) -> nn.Module:
         """``layer`` with an adapter beside it, in place.

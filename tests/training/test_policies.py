@@ -212,7 +212,7 @@ def transformed_space() -> SearchSpace:
         Quantize("*", weight_bits=bits, activation_bits=Choice("inputs", [None, 4, 8]), activations="lsq"),
         Prune("0", keep=Choice("keep", [0.5, 1.0, 0.25]), scores=Choice("scores", ["magnitude", "learned"])),
         LowRank("2", rank=Choice("rank", [2, None, 4])),
-        Lora("4", rank=Choice("adapter", [4, 0, 8])),
+        Lora("4", rank=Choice("adapter", [2, 0, 3])),
     ]
     return SearchSpace.from_module(model, rules, inputs=torch.zeros(2, 6))
 
@@ -221,7 +221,7 @@ def test_amounts_of_transforms_are_in_the_order_of_their_numbers() -> None:
     space = transformed_space()
     bits = (2, 4, 8, 32)
     expected = {"bits.0": bits, "bits.2": bits, "bits.4": bits, "inputs": (4, 8, None), "keep": (0.25, 0.5, 1.0)}
-    assert by_amount(space) == expected | {"rank": (2, 4, None), "adapter": (0, 4, 8)}
+    assert by_amount(space) == expected | {"rank": (2, 4, None), "adapter": (0, 2, 3)}
     sizes = by_size(space, Supernet(space).params)
     assert {name: sizes[name] for name in by_amount(space)} == by_amount(space)  # a learned step is a parameter more
     narrow = space.narrowed({"bits.0": [32, 8], "keep": [0.5]})
@@ -234,7 +234,7 @@ def test_the_ends_of_a_sandwich_are_those_of_transforms_too() -> None:
     space = transformed_space()
     policy = Sandwich(space, supernet=Supernet(space))
     bits = dict.fromkeys(["bits.0", "bits.2", "bits.4"])
-    most = dict.fromkeys(bits, 32) | {"inputs": None, "keep": 1.0, "rank": None, "adapter": 8}
+    most = dict.fromkeys(bits, 32) | {"inputs": None, "keep": 1.0, "rank": None, "adapter": 3}
     least = dict.fromkeys(bits, 2) | {"inputs": 4, "keep": 0.25, "rank": 2, "adapter": 0}
     assert {name: policy.largest[name] for name in most} == most
     assert {name: policy.smallest[name] for name in least} == least

@@ -46,6 +46,14 @@ BAD = {
         [Lora("(conv|grouped)", rank=either("rank", 0, 4))],
         r"Lora: 'grouped' names a convolution with groups=2.*so let the pattern not fit it.*\(with rank.grouped = 4\)",
     ),
+    "a rank that no matrix of this size has": (
+        [Lora("(first|second)", rank=either("rank", 0, 9, 10))],
+        "Lora: rank 10 beside 'second', whose matrix is 9 x 10: give at most 9, or leave the layer out",
+    ),
+    "a rank above a convolution's and an embedding's": (
+        [Lora("(conv|table)", rank=9)],
+        "Lora: rank 9 beside 'conv', whose matrix is 8 x 36: give at most 8",
+    ),
     "blocks that do not divide": (
         [Lora("first", rank=2, kind=either("kind", "plain", "melora"), blocks=either("blocks", 2, 4))],
         r"'first' names a layer that cannot have a melora adapter: 4 blocks do not divide its 12 inputs and 10 outputs "
@@ -101,6 +109,11 @@ def test_what_a_layer_refuses_from_module_refuses(case: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_ranks_up_to_the_smaller_side_and_of_other_kinds_above_it() -> None:
+    for rule in (Lora("(first|second)", rank=9), Lora("(conv|table)", rank=8), Lora("second", rank=10, kind="mora")):
+        SearchSpace.from_module(model(), [rule])
+
+
 def test_the_models_numbers_stay_and_none_are_drawn() -> None:
     net = model()
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -153,7 +166,7 @@ def test_more_settings_than_can_be_tried_still_have_each_option_tried() -> None:
     many = {name: Choice(name, [1, 2, 4, 8, 16]) for name in ("rank", "alpha", "r_max", "blocks")}
     kind, scale = Choice("kind", ["plain", "melora"]), Choice("scale", ["alpha/r", "alpha/sqrt(r)"])
     with pytest.raises(SpaceError, match="16 blocks do not divide"):
-        SearchSpace.from_module(nn.Sequential(nn.Linear(8, 8)), [Lora("0", kind=kind, scale=scale, **many)])
+        SearchSpace.from_module(nn.Sequential(nn.Linear(24, 24)), [Lora("0", kind=kind, scale=scale, **many)])
 
 
 def test_a_model_of_many_layers_is_tried_in_a_moment() -> None:
