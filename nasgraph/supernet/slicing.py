@@ -81,8 +81,8 @@ def kept(module: nn.Module, name: str, stored: Tensor, shape: Sequence[int]) -> 
     """Of a layer that was pruned to some of its channels: the entries that its ``kept_entries`` names, by axis.
 
     What was added to it in the weight's shape (scores of a mask) is cut as the weight is; a module with the method
-    ``kept_rule(entries, shape)``, such as learned steps, tells from the weight's entries which are its own. All else,
-    as the ranks of factors of a pruned layer, is cut to its first entries.
+    ``kept_rule(name, entries, shape)``, such as learned steps and adapters, tells from the weight's entries which are
+    its own. All else, as the ranks of factors of a pruned layer, is cut to its first entries.
     """
     parts = name.split(".")
     for depth in range(len(parts) - 1, 0, -1):  # the innermost: of a convolution of PyG its linear layer
@@ -93,15 +93,19 @@ def kept(module: nn.Module, name: str, stored: Tensor, shape: Sequence[int]) -> 
     known: dict[str, tuple[Tensor | None, ...]] = module.kept_entries  # type: ignore[assignment]
     entries = known.get(name, ())
     if name not in known and "weight" in known:
-        own = getattr(module.get_submodule(name.rpartition(".")[0]), "kept_rule", None)
+        inside, _, last = name.rpartition(".")
+        own = getattr(module.get_submodule(inside), "kept_rule", None)
         if own is not None:
-            entries = own(known["weight"], tuple(shape))
+            entries = own(last, known["weight"], tuple(shape))
         elif tuple(shape) == tuple(module.weight.shape):  # type: ignore[arg-type]
             entries = known["weight"]
     for axis, index in enumerate(entries):
         if index is not None:
             stored = stored.index_select(axis, index.to(stored.device))
-    return leading(module, name, stored, shape)
+    part, _, last = name.rpartition(".")
+    inner = module.get_submodule(part)
+    own = getattr(type(inner), "slice_rule", None)
+    return leading(module, name, stored, shape) if own is None else own(inner, last, stored, shape)
 
 
 OWN_RULES = (leading, centred)
@@ -134,7 +138,7 @@ def cut_for(module: nn.Module, name: str, stored: Shape, shape: Shape) -> Cut | 
     The outermost module on the way to the parameter that has a rule decides.
     """
     axes = shape if len(stored) == len(shape) else axes_of(module, name, shape)
-    owner, rule, below = _outermost(module, name, _rule) or (module, leading, name)
+    owner, rule, below = _pruned(module, name) or _outermost(module, name, _rule) or (module, leading, name)
     return None if stored == shape and rule in OWN_RULES else Cut(rule, owner, below, shape, axes)
 
 
@@ -182,6 +186,17 @@ def _outermost(module: nn.Module, name: str, of: Callable[[nn.Module], Any]) -> 
         found = of(owner)
         if found is not None:
             return owner, found, ".".join(parts[depth:])
+    return None
+
+
+def _pruned(module: nn.Module, name: str) -> tuple[nn.Module, Rule, str] | None:
+    """The layer that lost channels around a module with a ``kept_rule``, and the parameter's name in it."""
+    parts = name.split(".")
+    owners = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+    if hasattr(owners[-1], "kept_rule"):
+        for depth, owner in enumerate(owners):
+            if "kept_entries" in owner.__dict__:
+                return owner, kept, ".".join(parts[depth:])
     return None
 
 

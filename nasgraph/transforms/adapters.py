@@ -7,11 +7,13 @@ weight. ``scale`` is stored with the adapter (a buffer), because it cannot be re
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Entries = Sequence[Tensor | None]  # positions along each axis; None: all
 SEED = 20231024  # of VeRA's frozen matrices: the same in every process
 
 
@@ -43,6 +45,10 @@ class Adapter(nn.Module):
         """The input, with dropout in training."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
+    def kept_rule(self, name: str, entries: Entries, shape: tuple[int, ...]) -> Entries:
+        """Which entries of ``name`` belong to a weight that has ``entries`` left, by axis; of others the first are."""
+        return ()
+
     def parameter(self, name: str, *shape: int) -> nn.Parameter:
         """A new parameter called ``name``, of zeros."""
         made = nn.Parameter(torch.zeros(shape).to(self.scale))
@@ -62,6 +68,10 @@ class LoraLinear(Adapter):
         super().__init__(layer, rank, scale, dropout)
         self.A = uniform_(self.parameter("A", rank, layer.in_features), layer.in_features)
         self.B = self.parameter("B", layer.out_features, rank)
+
+    def kept_rule(self, name: str, entries: Entries, shape: tuple[int, ...]) -> Entries:
+        """A reads the layer's inputs, B writes its outputs."""
+        return (None, entries[1]) if name == "A" else (entries[0],)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(self.dropped(x), self.A), self.B) * self.scale
@@ -85,6 +95,10 @@ class LoraConv(Adapter):
         self.A = uniform_(self.parameter("A", rank, layer.in_channels, *layer.kernel_size), inputs)
         self.B = self.parameter("B", layer.out_channels, rank)
         self.stride, self.padding, self.dilation = layer.stride, layer.padding, layer.dilation
+
+    def kept_rule(self, name: str, entries: Entries, shape: tuple[int, ...]) -> Entries:
+        """A reads the layer's inputs, B writes its outputs."""
+        return (None, entries[1]) if name == "A" else (entries[0],)
 
     def slice_rule(self, name: str, stored: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The first channels and the middle of the kernel, as a supernet cuts the layer's own weight."""
@@ -117,6 +131,10 @@ class LoraEmbedding(Adapter):
         if self.padding_idx is not None:
             with torch.no_grad():
                 self.A[:, self.padding_idx] = 0
+
+    def kept_rule(self, name: str, entries: Entries, shape: tuple[int, ...]) -> Entries:
+        """B writes the embedding's channels, which are the second axis of its weight."""
+        return (entries[1],) if name == "B" else ()
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.embedding(x, self.A.T, self.padding_idx), self.B) * self.scale

@@ -141,8 +141,12 @@ class LearnedStep(WeightQuantizer):
         self.register_parameter(self.name, nn.Parameter(start.clamp_min(SMALLEST)))
         self.area = math.prod(weight.shape[2:])  # entries of a kernel
 
-    def kept_rule(self, entries: Sequence[Tensor | None], shape: tuple[int, ...]) -> tuple[Tensor | None, ...]:
+    def kept_rule(
+        self, name: str, entries: Sequence[Tensor | None], shape: tuple[int, ...]
+    ) -> tuple[Tensor | None, ...]:
         """Which steps belong to a weight that has ``entries`` left, by axis; ``shape`` is theirs (``supernet``)."""
+        if self.per == "tensor":
+            return ()
         rows, columns = entries[:2]
         if self.per != "group" or columns is None:
             return (rows,)

@@ -14,6 +14,7 @@ from nasgraph.errors import SpaceError
 from nasgraph.search_spaces.transformer import SelfAttention
 from nasgraph.space import Architecture, Choice, SearchSpace
 from nasgraph.supernet import Supernet
+from nasgraph.transforms.lora import Lora
 from nasgraph.transforms.low_rank import LowRank
 from nasgraph.transforms.prune import Prune
 from nasgraph.transforms.quantize import Quantize
@@ -661,3 +662,39 @@ def test_bert_with_fewer_layers_and_rules_in_them() -> None:
     (layer,) = space.model(most).get_submodule("bert.encoder.layer").children()
     assert layer.attention.self.num_attention_heads == 2
     assert list(layer.intermediate.dense.on_weight) == ["quantize"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "convolution", "embedding"])
+def test_adapters_of_smaller_layers_stay_with_the_channels(kind: str) -> None:
+    torch.manual_seed(0)
+    model = Read(kind).eval()
+    x = model.inputs()
+    rules: list[Any] = [
+        Prune("body", structure="channels", keep=Choice("keep", [0.25, 0.5, 1.0])),
+        Lora("(body|reader)", rank=Choice("rank", [1, 2])),
+    ]
+    space = SearchSpace.from_module(model, rules, inputs=x)
+    supernet = Supernet(space)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for stored in supernet.store.values():
+            stored.copy_(torch.randn(stored.shape, generator=generator))
+    stores = {name: stored.detach() for (_, _, name), stored in supernet.store.items()}
+    moved = 0
+    for architecture in space.enumerate():
+        alone = supernet.extract(architecture).eval()
+        assert torch.equal(alone(x), supernet.subnet(architecture).eval()(x))
+        found = dict(alone.named_parameters())
+        rows, columns = ((1, None) if kind == "embedding" else (0, None)), (None, 1)
+        for layer, (out, read) in {"body": rows, "reader": columns}.items():
+            name = next(n for n in found if n.endswith(f"{layer}.beside.lora.A")).removesuffix(".beside.lora.A")
+            entries = alone.get_submodule(name).__dict__.get("kept_entries", {}).get("weight", (None, None))
+            for end, axis, position in (("A", 1, read), ("B", 0, out)):
+                mine = found[f"{name}.beside.lora.{end}"]
+                [whole] = [t for key, t in stores.items() if key.endswith(f"{layer}.beside.lora.{end}")]
+                index = None if position is None else entries[position]
+                if index is not None:
+                    whole = whole.index_select(axis, index)
+                    moved += not torch.equal(index, torch.arange(len(index)))
+                assert torch.equal(mine, whole[tuple(slice(size) for size in mine.shape)]), (architecture, layer, end)
+    assert moved > 0
