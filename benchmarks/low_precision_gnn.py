@@ -253,6 +253,8 @@ def measure(dataset: str, parts: Sequence[str], options: argparse.Namespace) -> 
         if name == JOINT:
             best = chosen(finals)
             once("uniform", lambda a=best["arch"]: bench.uniform(a))  # type: ignore[misc]
+            twins = [formatted(row["arch"], 32, 32) for row in finals]
+            once("finalists in float", lambda twins=twins: [bench.judged(twin) for twin in twins])  # type: ignore[misc]
         if name == FLOAT:
             best = chosen(finals)
             once("uniform of float", lambda a=best["arch"]: bench.uniform(a))  # type: ignore[misc]
@@ -303,6 +305,15 @@ def report(found: dict[str, Any]) -> None:
     beaten = [name for name, row in others.items() if any(dominates(each, row) for each in finals[JOINT])]
     print(f"- Dominated by a finalist of the joint search on validation and size: {', '.join(beaten) or 'none'};")
     print(f"  not: {', '.join(name for name in others if name not in beaten) or 'none'}.")
+    twins = found.get("finalists in float", [])
+    if twins:
+        print("\nFinalists of the joint search against the same networks in float:\n")
+        print("| architecture | bits of float | val, % | val in float, % | test, % | test in float, % |")
+        print("|---|---|---|---|---|---|")
+    for row, twin in zip(finals[JOINT], twins, strict=False):
+        columns = (f"`{described(row['arch'])}`", f"1/{twin['bits'] / row['bits']:.1f}")
+        scores = (spread(each[split]) for split in ("val", "test") for each in (row, twin))
+        print(f"| {' | '.join((*columns, *scores))} |")
     print("\nAll finalists (chosen is the best mean on validation):\n")
     print("| search | KiB | val, % | test, % | architecture |\n|---|---|---|---|---|")
     for name, rows in finals.items():
