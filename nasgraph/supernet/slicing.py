@@ -84,12 +84,8 @@ def kept(module: nn.Module, name: str, stored: Tensor, shape: Sequence[int]) -> 
     ``kept_rule(name, entries, shape)``, such as learned steps and adapters, tells from the weight's entries which are
     its own. All else, as the ranks of factors of a pruned layer, is cut to its first entries.
     """
-    parts = name.split(".")
-    for depth in range(len(parts) - 1, 0, -1):  # the innermost: of a convolution of PyG its linear layer
-        inner = module.get_submodule(".".join(parts[:depth]))
-        if "kept_entries" in inner.__dict__:
-            module, name = inner, ".".join(parts[depth:])
-            break
+    # The innermost: of a convolution of PyG its linear layer.
+    module, name = [each for each in _owners(module, name) if "kept_entries" in each[0].__dict__][-1]
     known: dict[str, tuple[Tensor | None, ...]] = module.kept_entries  # type: ignore[assignment]
     entries = known.get(name, ())
     if name not in known and "weight" in known:
@@ -178,26 +174,26 @@ def computed_for(module: nn.Module, name: str, names: Sequence[str]) -> Computed
 
 def _outermost(module: nn.Module, name: str, of: Callable[[nn.Module], Any]) -> tuple[nn.Module, Any, str] | None:
     """The first module on the way to the parameter that has what ``of`` looks for, and the parameter's name in it."""
-    parts = name.split(".")
-    owners = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-    first = max((depth for depth, owner in enumerate(owners) if getattr(owner, "own_slices", False)), default=0)
-    for depth in range(first, len(parts)):
-        owner = owners[depth]
+    owners = _owners(module, name)
+    first = max((depth for depth, (owner, _) in enumerate(owners) if getattr(owner, "own_slices", False)), default=0)
+    for owner, below in owners[first:]:
         found = of(owner)
         if found is not None:
-            return owner, found, ".".join(parts[depth:])
+            return owner, found, below
     return None
+
+
+def _owners(module: nn.Module, name: str) -> list[tuple[nn.Module, str]]:
+    """The modules on the way to the parameter, from ``module`` inwards, each with the parameter's name in it."""
+    parts = name.split(".")
+    return [(module.get_submodule(".".join(parts[:depth])), ".".join(parts[depth:])) for depth in range(len(parts))]
 
 
 def _pruned(module: nn.Module, name: str) -> tuple[nn.Module, Rule, str] | None:
     """The layer that lost channels around a module with a ``kept_rule``, and the parameter's name in it."""
-    parts = name.split(".")
-    owners = [module.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-    if hasattr(owners[-1], "kept_rule"):
-        for depth, owner in enumerate(owners):
-            if "kept_entries" in owner.__dict__:
-                return owner, kept, ".".join(parts[depth:])
-    return None
+    owners = _owners(module, name)
+    pruned = [(owner, kept, below) for owner, below in owners if "kept_entries" in owner.__dict__]
+    return pruned[-1] if pruned and hasattr(owners[-1][0], "kept_rule") else None
 
 
 def _rule(module: nn.Module) -> Rule | None:
